@@ -1,0 +1,122 @@
+"""
+The cookies that carry tokens: their names, how they are read, how they are written.
+
+A browser keeps the cookie that arrives last. Were there one name, the earlier of two overlapping
+writes could replace the later's position if it is answered last. So every response that carries a
+token writes a name of its own, and deletes the cookies that came with its request, whose positions
+its token includes. In whatever order responses arrive, none takes away a position that it does not
+bring.
+
+Pure text: this module knows no session, no request and no server.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, get_args
+
+from lsn_consistency.exceptions import ConfigurationError
+
+SameSite = Literal["lax", "strict", "none"]
+
+_SUFFIX_BYTES = 6
+"""Random bytes in a cookie's name: 8 URL-safe characters."""
+
+# RFC 9110, section 5.6.2: what a header's or a cookie's name may consist of.
+_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+# RFC 6265, section 4.1.1: any character but control characters and the semicolon.
+_ATTRIBUTE = re.compile(r"[ -:<-~]+")
+
+
+class TokenCookies:
+    """
+    Read the token cookies of a request, and write those of a response.
+
+    Cookies named ``name`` are read as well as ``name-`` with a suffix, for clients that keep a
+    token under a fixed name.
+
+    Raises `ConfigurationError` for names and attributes that no browser would keep.
+    """
+
+    __slots__ = ("_attributes", "_https_only", "_max_age", "_name", "_needle", "_pattern")
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_age: float,
+        path: str,
+        domain: str | None,
+        same_site: SameSite,
+        https_only: bool | None,
+    ) -> None:
+        self._name = check_name("cookie_name", name)
+        self._needle = name.encode("ascii")
+        # A suffix is taken only as it is written, because deleting the cookie repeats its name.
+        self._pattern = re.compile(
+            rb"(?:^|;)[ \t]*(%b(?:-[A-Za-z0-9_-]{1,64})?)=([^;]*)" % re.escape(self._needle)
+        )
+        self._max_age = math.ceil(max_age)
+        self._attributes = _attributes(path, domain, same_site)
+        # Browsers drop SameSite=None cookies that are not Secure.
+        self._https_only = True if https_only is None and same_site == "none" else https_only
+        if self._https_only is False and same_site == "none":
+            raise ConfigurationError(
+                'same_site="none" needs a Secure cookie, which https_only=False forbids: leave '
+                "https_only out or set it to True"
+            )
+
+    def find(self, header_value: bytes) -> Iterator[tuple[str, str]]:
+        """
+        Yield name and value of each token cookie in the value of a ``Cookie`` header.
+        """
+        if self._needle in header_value:
+            for found in self._pattern.finditer(header_value):
+                yield found[1].decode("latin-1"), found[2].strip().decode("latin-1")
+
+    def headers(
+        self, text: str | None, replaced: Iterable[str], *, https: bool
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """
+        Yield the headers that delete the cookies ``replaced`` and store ``text`` under a new name.
+        """
+        secure = https if self._https_only is None else self._https_only
+        attributes = f"{self._attributes}; Secure" if secure else self._attributes
+        for name in dict.fromkeys(replaced):
+            yield _set_cookie(f"{name}=; Max-Age=0{attributes}")
+        if text is not None:
+            name = f"{self._name}-{secrets.token_urlsafe(_SUFFIX_BYTES)}"
+            yield _set_cookie(f"{name}={text}; Max-Age={self._max_age}{attributes}")
+
+
+def check_name(option: str, name: Any) -> str:
+    """
+    Return ``name`` if it can be the name of a header or cookie; raise `ConfigurationError` if not.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"{option} takes letters, digits and !#$%&'*+-.^_`|~ as in RFC 9110, not {name!r}"
+        )
+    return name
+
+
+def _attributes(path: str, domain: str | None, same_site: SameSite) -> str:
+    if not _is_attribute(path) or not path.startswith("/"):
+        raise ConfigurationError(f'path takes a cookie path such as "/" or "/shop", not {path!r}')
+    if domain is not None and not _is_attribute(domain):
+        raise ConfigurationError(f'domain takes a host such as "example.org", not {domain!r}')
+    if same_site not in get_args(SameSite):
+        raise ConfigurationError(f'same_site takes "lax", "strict" or "none", not {same_site!r}')
+    domain_part = "" if domain is None else f"; Domain={domain}"
+    return f"; Path={path}{domain_part}; HttpOnly; SameSite={same_site}"
+
+
+def _is_attribute(value: object) -> bool:
+    return isinstance(value, str) and _ATTRIBUTE.fullmatch(value) is not None
+
+
+def _set_cookie(value: str) -> tuple[bytes, bytes]:
+    return b"set-cookie", value.encode("ascii")

@@ -1,0 +1,224 @@
+"""
+What the blocking and the async router have in common, without I/O.
+
+A core holds the cluster's state, what is known of each connection, and the clocks; the plans work
+on it. Nothing here waits, connects or logs.
+"""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lsn_consistency import _decision
+from lsn_consistency._nodes import Cluster
+from lsn_consistency._observation import Observation
+from lsn_consistency._settings import Settings
+from lsn_consistency._sql import Identity
+from lsn_consistency.consistency import Consistency, effective
+from lsn_consistency.events import Event, LagExceeded
+from lsn_consistency.session import Session
+from lsn_consistency.tokens import Token
+
+OVERDUE_SECONDS: Final = 0.25
+"""A probe is overdue, and its server suspect, when it takes this much longer than its turn."""
+
+WARNING_INTERVAL_SECONDS: Final = 10.0
+RECYCLE_INTERVAL_SECONDS: Final = 0.5
+
+
+@dataclass(slots=True)
+class Facts:
+    """
+    Hold what is known about one pooled connection for as long as it lives.
+
+    ``opened_at`` is at or after the moment in which connecting had returned: an observation of
+    the same server sent since then counts for this connection. ``read_only`` tells that the
+    session was made read-only by a statement; ``changed``, that the connection's attribute was set
+    for a read, and is ``own_read_only`` by itself.
+    """
+
+    node: str
+    identity: Identity
+    opened_at: float
+    pooled: bool
+    in_recovery: bool
+    read_only: bool = False
+    own_read_only: bool | None = None
+    changed: bool = False
+
+
+class Core:
+    """
+    Hold the state of one router in one process.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        settings: Settings,
+        *,
+        given: Iterable[str] = (),
+        clock: Callable[[], float],
+        unix_clock: Callable[[], float],
+        emit: Callable[[Event], None],
+        kick: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.settings = settings
+        self._given = frozenset(given)
+        self.cluster = Cluster(names, settings)
+        self.clock = clock
+        self.unix_clock = unix_clock
+        self.emit = emit
+        self.kick = kick
+        self._warn = warn
+        self._warned_at = float("-inf")
+        self._recycled_at = float("-inf")
+        self._facts: weakref.WeakKeyDictionary[Any, Facts] = weakref.WeakKeyDictionary()
+
+    # What the monitors and connections report
+
+    def observed(self, name: str, seen: Observation, *, sample: bool = False) -> None:
+        """
+        Take an observation of a node and tell the hook what changed.
+        """
+        for event in self.cluster.record(name, seen, sample=sample):
+            self.emit(event)
+
+    def failed(self, name: str, error: BaseException) -> None:
+        """
+        Take a failure of a node and tell the hook.
+        """
+        text = str(error).strip() or type(error).__name__
+        for event in self.cluster.fail(name, text, self.clock()):
+            self.emit(event)
+
+    def lost(self, name: str) -> None:
+        """
+        Take the loss of a connection in use, unless its node's failure is known already.
+        """
+        if self.cluster.nodes[name].newest is not None:
+            self.failed(name, ConnectionError("a connection in use was lost"))
+        self.kick(name)
+
+    # Connections
+
+    def is_given(self, name: str) -> bool:
+        """
+        Tell whether the node's pool is the user's own rather than made by the router.
+        """
+        return name in self._given
+
+    def facts_of(self, conn: object) -> Facts | None:
+        """
+        Return what is known about a connection; None at its first sight.
+        """
+        return self._facts.get(conn)
+
+    def met(self, name: str, conn: object, identity: Identity, seen: Observation) -> Facts:
+        """
+        Remember a connection by the first observation made on it.
+        """
+        facts = Facts(name, identity, seen.sent_at, seen.pooled, seen.in_recovery)
+        self._facts[conn] = facts
+        self.observed(name, seen)
+        return facts
+
+    def usable(self, facts: Facts, now: float) -> Observation | None:
+        """
+        Return an observation that counts for a connection without asking it, or None.
+
+        It is of the same server, made after the connection was opened, and so recent that the
+        next probe is not overdue.
+        """
+        if facts.pooled:
+            return None
+        seen = self.cluster.nodes[facts.node].observed(facts.identity.server)
+        if seen is None or seen.sent_at < facts.opened_at:
+            return None
+        fresh = now - seen.received_at <= self.poll_seconds + OVERDUE_SECONDS
+        return seen if fresh else None
+
+    def may_recycle(self, now: float) -> bool:
+        """
+        Tell whether a connection to a server that cannot serve may be closed for a new one now.
+
+        Behind an endpoint that hides several servers the new one may reach a better one.
+        """
+        if now - self._recycled_at < RECYCLE_INTERVAL_SECONDS:
+            return False
+        self._recycled_at = now
+        return True
+
+    @property
+    def poll_seconds(self) -> float:
+        """
+        Return the time between probes of an idle node: a bound needs samples well below it.
+        """
+        return min(self.settings.poll_interval, self.settings.max_lag_seconds / 4)
+
+    # Decisions
+
+    def new_read(
+        self,
+        session: Session,
+        token: Token | None,
+        consistency: Consistency | None,
+        wait_seconds: float | None = None,
+    ) -> _decision.Read:
+        """
+        Say what one read asks for: its own token, else the session's.
+        """
+        level = effective(consistency, self.settings.consistency)
+        session.accessed = True
+        return _decision.Read(
+            level=level,
+            token=session.token if token is None else token,
+            lag_limit=level.lag_limit(self.settings.max_lag_seconds),
+            wait_seconds=self.settings.wait_seconds if wait_seconds is None else wait_seconds,
+            preferred=session.node,
+        )
+
+    def decide(self, read: _decision.Read) -> _decision.Verdict:
+        """
+        Ask the decision with this moment's clocks.
+        """
+        return _decision.decide(self.cluster, read, self.clock(), self.unix_clock(), random.random)
+
+    def decide_stale(self, read: _decision.Read, serve: _decision.Serve) -> _decision.Serve | None:
+        """
+        Ask for the replica that serves a read which may be stale.
+        """
+        return _decision.decide_stale(self.cluster, read, serve.reason, self.clock(), random.random)
+
+    def admits(self, read: _decision.Read, serve: _decision.Serve, seen: Observation) -> bool:
+        """
+        Tell whether a connection whose server was observed so may serve the read.
+        """
+        return _decision.admits(self.cluster, read, serve, seen, self.clock())
+
+    def warn_lag_exceeded(self, read: _decision.Read) -> None:
+        """
+        Report that every replica lags, at most once in ten seconds.
+        """
+        now = self.clock()
+        if now - self._warned_at < WARNING_INTERVAL_SECONDS:
+            return
+        self._warned_at = now
+        lags = {
+            node.name: self.cluster.reported_lag(node, now)[0]
+            for node in self.cluster.all_nodes
+            if node.newest is not None and node.newest.in_recovery
+        }
+        shown = ", ".join(
+            f"{name} {'unknown' if lag is None else f'{lag:.1f} s'}" for name, lag in lags.items()
+        )
+        self._warn(
+            f"every healthy replica lags for more than {read.lag_limit:g} s ({shown}): "
+            "the primary serves the reads"
+        )
+        self.emit(LagExceeded(read.lag_limit, lags))

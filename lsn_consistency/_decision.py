@@ -1,0 +1,379 @@
+"""
+Which node may serve a read, and why.
+
+Theory of operation. `decide` is a pure function of what is known about the nodes (`Cluster`), of
+what one read asks for and has tried so far (`Read`), and of the time. It answers with what to do
+next:
+
+* `Serve`: take a connection of this node. Before a statement runs on it, `admits` must have said
+  yes to an observation of exactly the server behind that connection, made after the connection
+  was opened: a node is an endpoint, and what is behind it can have restarted in the past.
+* `Wait`: let time pass until some replica reaches the position, then ask again.
+* `Refresh`: get new observations, then ask again; what is known is too old for the question.
+* `Fail`: nothing may serve this read; raise the error.
+
+Three-valued logic holds throughout. A replica serves only on YES; what is missing, NULL, failed,
+from another system or another timeline is not YES. Lag is known from the primary's samples or not
+at all. The rules and their order are the table of `Reason`; docs/routing.md tells them at length.
+
+The caller keeps the loop finite: a node that did not work out is excluded, a wait happens within
+its time, a refresh once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from lsn_consistency._nodes import Cluster, Node
+from lsn_consistency._observation import Observation
+from lsn_consistency.consistency import Consistency
+from lsn_consistency.exceptions import (
+    NoNodeAvailableError,
+    ReplayTimeoutError,
+    RoutingError,
+)
+from lsn_consistency.lsn import Position
+from lsn_consistency.route import Reason
+from lsn_consistency.tokens import Token
+
+FRESH_SHARE: Final = 0.25
+"""An observation older than this share of the lag limit is refreshed before the limit decides."""
+
+
+@dataclass(slots=True)
+class Read:
+    """
+    Hold what one read asks for, and what became of its attempts.
+    """
+
+    level: Consistency
+    token: Token
+    lag_limit: float
+    wait_seconds: float
+    preferred: str | None = None
+    excluded: set[str] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
+    refusals: Counter[str] = field(default_factory=Counter)
+    waiting_since: float | None = None
+    waited: bool = False
+    waited_seconds: float = 0.0
+    refreshed: bool = False
+    primary_error: BaseException | None = None
+
+
+class Serve(NamedTuple):
+    """
+    Take a connection of ``node``.
+
+    ``required`` is what its server must have reached. ``ask`` says that only an observation on
+    that connection can tell, ``stale`` that the read may be stale, ``primary`` that the node
+    serves as the primary.
+    """
+
+    node: Node
+    reason: Reason
+    lag_seconds: float | None = None
+    required: Position | None = None
+    ask: bool = False
+    stale: bool = False
+    primary: bool = False
+
+
+class Wait(NamedTuple):
+    """
+    Wait for a replica to reach ``required``.
+    """
+
+    required: Position
+
+
+class Refresh(NamedTuple):
+    """
+    Get a new observation of each of these nodes, one after the other.
+    """
+
+    names: tuple[str, ...]
+
+
+class Fail(NamedTuple):
+    """
+    Raise ``error``.
+    """
+
+    error: RoutingError
+
+
+Verdict = Serve | Wait | Refresh | Fail
+
+
+class _Candidate(NamedTuple):
+    node: Node
+    lag_seconds: float
+
+
+class _Unprovable(Exception):
+    """
+    The read's position cannot be told from its token; the primary must serve.
+    """
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decide(
+    cluster: Cluster,
+    read: Read,
+    now: float,
+    unix_now: float,
+    random: Callable[[], float],
+) -> Verdict:
+    """
+    Say what a read does next. ``random`` gives numbers from 0 up to 1, for the balance.
+    """
+    if read.level == Consistency.STRONG or _is_pinned(read, unix_now):
+        return _primary(cluster, read, Reason.PRIMARY_REQUIRED)
+    try:
+        required = _required(cluster, read)
+    except _Unprovable as unprovable:
+        return _primary(cluster, read, unprovable.reason)
+    if required is not None and (newer := _newer_timeline(cluster, read, required)):
+        return newer
+    return _among_replicas(cluster, read, required, now, random)
+
+
+def admits(cluster: Cluster, read: Read, serve: Serve, seen: Observation, now: float) -> bool:
+    """
+    Tell whether a connection may serve ``read``, its server having been observed so.
+    """
+    if serve.primary:
+        return not seen.in_recovery and cluster.system_id in (None, seen.server.system_id)
+    if not seen.in_recovery or not _is_ours(cluster, seen, serve.required):
+        return False
+    if serve.required is not None and seen.reaches(serve.required) is not True:
+        return False
+    if serve.stale or serve.reason is Reason.PRIMARY_DOWN:
+        return True
+    return cluster.lag_seconds(seen, now) <= read.lag_limit
+
+
+def _is_pinned(read: Read, unix_now: float) -> bool:
+    if not (read.level.uses_token or read.level.name == "sticky"):
+        return False
+    until = read.token.pin_until
+    return until is not None and until > unix_now
+
+
+def _required(cluster: Cluster, read: Read) -> Position | None:
+    if not read.level.uses_token or not read.token.positions:
+        return None
+    if cluster.system_id is None:
+        # The token itself says which system it is about, if it names only one.
+        if len(read.token.positions) == 1:
+            return next(iter(read.token.positions.values()))
+        raise _Unprovable(Reason.NO_REPLICA)
+    required = read.token.get(cluster.system_id)
+    if required is None and read.token.is_full:
+        # A full token may have lost the position of this system.
+        raise _Unprovable(Reason.PRIMARY_REQUIRED)
+    if required is not None and _primary_timeline(cluster, required) > required.timeline:
+        raise _Unprovable(Reason.TIMELINE_CHANGED)
+    return required
+
+
+def _primary_timeline(cluster: Cluster, required: Position) -> int:
+    seen = cluster.primary.newest if cluster.primary else None
+    if seen is None or seen.in_recovery or seen.timeline is None:
+        return required.timeline
+    return seen.timeline
+
+
+def _newer_timeline(cluster: Cluster, read: Read, required: Position) -> Verdict | None:
+    # Somebody has seen a promotion that this process has not: the primary it knows is a former one.
+    known = _primary_timeline(cluster, required)
+    if known >= required.timeline:
+        return None
+    if not read.refreshed:
+        return Refresh(tuple(cluster.nodes))
+    return Fail(
+        NoNodeAvailableError(
+            _failures(cluster),
+            f"the token is of timeline {required.timeline} and the primary that is known is on "
+            f"{known}: no node of the newer timeline was found",
+        )
+    )
+
+
+def _among_replicas(
+    cluster: Cluster,
+    read: Read,
+    required: Position | None,
+    now: float,
+    random: Callable[[], float],
+) -> Verdict:
+    eligible: list[_Candidate] = []
+    reached: list[_Candidate] = []
+    hidden: list[Node] = []
+    healthy = within = 0
+    for node in cluster.all_nodes:
+        seen = node.newest
+        if seen is None or not seen.in_recovery or node.name in read.excluded:
+            continue
+        if not _is_ours(cluster, seen, required):
+            continue
+        healthy += 1
+        lag = cluster.lag_seconds(seen, now)
+        candidate = _Candidate(node, lag)
+        within += lag <= read.lag_limit
+        if required is None or seen.reaches(required) is True:
+            reached.append(candidate)
+            if lag <= read.lag_limit:
+                eligible.append(candidate)
+                continue
+        if node.hides_servers and node.name not in read.asked:
+            hidden.append(node)
+    if eligible:
+        reason = Reason.WITHIN_LAG if required is None else Reason.CAUGHT_UP
+        return _serve(_balanced(eligible, read.preferred, random), reason, required)
+    if hidden:
+        return Serve(hidden[0], _reason(required), None, required, ask=True)
+    if _is_unreachable(cluster, read) and reached and read.level.uses_token:
+        chosen = _balanced(reached, read.preferred, random)
+        return _serve(chosen, Reason.PRIMARY_DOWN, required)
+    if not healthy:
+        return _primary(cluster, read, Reason.NO_REPLICA)
+    if not within and read.waiting_since is None:
+        if not read.refreshed and (names := _too_old(cluster, read, now)):
+            return Refresh(names)
+        return _primary(cluster, read, Reason.LAG_EXCEEDED, required)
+    if required is None:
+        return _primary(cluster, read, Reason.LAG_EXCEEDED)
+    if read.waited:
+        return _primary(cluster, read, Reason.NOT_CAUGHT_UP, required)
+    return Wait(required)
+
+
+def decide_stale(
+    cluster: Cluster, read: Read, reason: Reason, now: float, random: Callable[[], float]
+) -> Serve | None:
+    """
+    Return the replica with the least lag for a read that may be stale, None without a replica.
+
+    It is asked only where ``on_fallback_limit="stale"`` is set and the primary is full; ``reason``
+    is why the read would have gone there.
+    """
+    candidates = [
+        _Candidate(node, cluster.lag_seconds(node.newest, now))
+        for node in cluster.all_nodes
+        if node.newest is not None
+        and node.newest.in_recovery
+        and node.name not in read.excluded
+        and cluster.system_id == node.newest.server.system_id
+    ]
+    if not candidates:
+        return None
+    least = min(each.lag_seconds for each in candidates)
+    best = [each for each in candidates if each.lag_seconds == least]
+    chosen = _serve(_balanced(best, read.preferred, random), reason, None)
+    return chosen._replace(stale=True)
+
+
+def _reason(required: Position | None) -> Reason:
+    return Reason.WITHIN_LAG if required is None else Reason.CAUGHT_UP
+
+
+def _serve(chosen: _Candidate, reason: Reason, required: Position | None) -> Serve:
+    lag = None if math.isinf(chosen.lag_seconds) else chosen.lag_seconds
+    return Serve(chosen.node, reason, lag, required)
+
+
+def _is_ours(cluster: Cluster, seen: Observation, required: Position | None) -> bool:
+    # Before the primary was ever seen, only the token can tell which system is ours.
+    system_id = cluster.system_id
+    if system_id is None:
+        return required is not None and required.system_id == seen.server.system_id
+    return seen.server.system_id == system_id
+
+
+def _is_unreachable(cluster: Cluster, read: Read) -> bool:
+    if read.primary_error is not None:
+        return True
+    primary = cluster.primary
+    if primary is None:
+        return cluster.conflict is None
+    return primary.newest is None and primary.breaker_open
+
+
+def _too_old(cluster: Cluster, read: Read, now: float) -> tuple[str, ...]:
+    # The primary first: a replica then has its time to replay what the primary's sample says.
+    age = FRESH_SHARE * read.lag_limit
+    names: list[str] = []
+    if cluster.primary is not None and cluster.samples.age_seconds(now) > age:
+        names.append(cluster.primary.name)
+    names.extend(
+        node.name
+        for node in cluster.all_nodes
+        if node.newest is not None
+        and node.newest.in_recovery
+        and node.name not in read.excluded
+        and now - node.newest.sent_at > age
+    )
+    return tuple(names)
+
+
+def _balanced(
+    candidates: list[_Candidate], preferred: str | None, random: Callable[[], float]
+) -> _Candidate:
+    # Power of two choices (Mitzenmacher 2001): two by weight, then the one with fewer reads in
+    # flight.
+    if len(candidates) == 1:
+        return candidates[0]
+    for candidate in candidates:
+        if candidate.node.name == preferred:
+            return candidate
+    first, second = _drawn(candidates, random()), _drawn(candidates, random())
+    return second if _load(second) < _load(first) else first
+
+
+def _drawn(candidates: list[_Candidate], number: float) -> _Candidate:
+    left = number * sum(each.node.weight for each in candidates)
+    for candidate in candidates:
+        left -= candidate.node.weight
+        if left < 0:
+            return candidate
+    return candidates[-1]
+
+
+def _load(candidate: _Candidate) -> float:
+    return candidate.node.in_flight / candidate.node.weight
+
+
+def _primary(
+    cluster: Cluster, read: Read, reason: Reason, required: Position | None = None
+) -> Verdict:
+    if cluster.primary is not None and read.primary_error is None:
+        return Serve(cluster.primary, reason, primary=True)
+    if required is not None and read.waited:
+        return Fail(ReplayTimeoutError(required, read.waited_seconds))
+    if required is not None and not read.waited:
+        return Wait(required)
+    return Fail(NoNodeAvailableError(_failures(cluster), no_primary(cluster)))
+
+
+def no_primary(cluster: Cluster) -> str:
+    """
+    Say why there is no primary to serve a read or a write.
+    """
+    if cluster.conflict is not None:
+        return f"no primary: {cluster.conflict}"
+    if cluster.primary is None:
+        return "no primary: no node says that it is out of recovery"
+    return "the primary is unreachable and no replica satisfies the read"
+
+
+def _failures(cluster: Cluster) -> dict[str, str]:
+    return {node.name: node.last_error for node in cluster.all_nodes if node.last_error is not None}

@@ -1,0 +1,188 @@
+"""
+The monitor of one node: probes on a connection of its own.
+
+There is one monitor a node and process, whatever the request rate, and at most one probe of it in
+flight. It runs on an event loop: the async router's own, or for the blocking router a loop in a
+thread of the router's. It probes every poll interval, at once when asked, every few milliseconds
+while a read waits for a position, and less and less often while the node fails. Between probes it
+watches its socket, so a server that stops or crashes is known in milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final
+
+from lsn_consistency import _wire
+from lsn_consistency._core import Core
+from lsn_consistency._nodes import FIRST_RETRY_SECONDS
+from lsn_consistency._observation import Observation
+from lsn_consistency._sql import Identity
+from lsn_consistency._steps import identify, observe
+
+WAITING_POLL_SECONDS: Final = 0.004
+"""Time between probes while a read waits for this node to reach its position."""
+
+_logger = logging.getLogger("lsn_consistency")
+_LONG_AGO: Final = float("-inf")
+
+Connect = Callable[[], Awaitable[Any]]
+
+
+class Monitor:
+    """
+    Probe one node until cancelled.
+    """
+
+    def __init__(self, name: str, connect: Connect, core: Core) -> None:
+        self.name = name
+        self._connect = connect
+        self._core = core
+        self._node = core.cluster.nodes[name]
+        self._conn: Any = None
+        self._identity: Identity | None = None
+        self._awake = asyncio.Event()
+        self._probed_at = _LONG_AGO
+
+    def kick(self) -> None:
+        """
+        Look again when the next probe is due. Call it on the monitor's loop.
+        """
+        self._awake.set()
+
+    async def run(self) -> None:
+        """
+        Probe until cancelled, then close the connection.
+        """
+        try:
+            while True:
+                await self._pause()
+                self._probed_at = self._core.clock()
+                await self._probe()
+        finally:
+            self._close()
+
+    async def _pause(self) -> None:
+        while (left := self._probed_at + self._interval() - self._core.clock()) > 0:
+            self._awake.clear()
+            socket = self._watch()
+            try:
+                async with asyncio.timeout(left):
+                    await self._awake.wait()
+            except TimeoutError:
+                return
+            finally:
+                if socket is not None:
+                    asyncio.get_running_loop().remove_reader(socket)
+
+    def _interval(self) -> float:
+        retry = self._node.retry_seconds(self._core.poll_seconds, random.random())
+        if self._node.waiting:
+            # Who asks for this node does not wait for a back-off, but a dead node is not hammered.
+            return min(retry, FIRST_RETRY_SECONDS) if self._node.failures else 0.0
+        if not self._node.failures and self._core.cluster.awaits_position(self._node):
+            return WAITING_POLL_SECONDS
+        return retry
+
+    def _watch(self) -> int | None:
+        # The socket of an idle connection is readable when the server has closed it.
+        if self._conn is None:
+            return None
+        socket: int = self._conn.pgconn.socket
+        asyncio.get_running_loop().add_reader(socket, self._suspect)
+        return socket
+
+    def _suspect(self) -> None:
+        self._probed_at = _LONG_AGO
+        self._awake.set()
+
+    async def _probe(self) -> None:
+        core = self._core
+        try:
+            if self._conn is None:
+                async with asyncio.timeout(core.settings.connect_timeout):
+                    self._conn = await self._connect()
+                self._identity = None
+            seen = await self._observe()
+        except Exception as error:
+            self._close()
+            core.failed(self.name, error)
+        else:
+            core.observed(self.name, seen, sample=True)
+
+    async def _observe(self) -> Observation:
+        timeout = self._core.settings.probe_timeout
+        if self._identity is None:
+            self._identity, seen = await _wire.run_async(identify(self._conn), timeout)
+            return seen
+        return await _wire.run_async(observe(self._conn, self._identity), timeout)
+
+    def _close(self) -> None:
+        if self._conn is not None:
+            self._conn.pgconn.finish()
+            self._conn = None
+
+
+class MonitorThread:
+    """
+    Run monitors on an event loop in a daemon thread, for the blocking router.
+    """
+
+    def __init__(self, monitors: Callable[[], Iterable[Monitor]]) -> None:
+        self._make = monitors
+        self._monitors: dict[str, Monitor] = {}
+        self._loop = asyncio.SelectorEventLoop()
+        self._started = threading.Event()
+        self._thread = threading.Thread(
+            target=self._main, name="lsn_consistency monitors", daemon=True
+        )
+
+    def start(self) -> None:
+        """
+        Start the thread and return when the monitors run.
+        """
+        self._thread.start()
+        self._started.wait()
+
+    def kick(self, name: str) -> None:
+        """
+        Have a monitor look again, from any thread; too late is harmless.
+        """
+        monitor = self._monitors.get(name)
+        if monitor is not None and not self._loop.is_closed():
+            try:
+                self._loop.call_soon_threadsafe(monitor.kick)
+            except RuntimeError:
+                # The loop was closed in between: the router closes.
+                return
+
+    def stop(self) -> None:
+        """
+        End the monitors and the thread.
+        """
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cancel)
+        self._thread.join()
+
+    def _cancel(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._run())
+        except asyncio.CancelledError:
+            _logger.debug("the monitors ended")
+        finally:
+            self._loop.close()
+            self._started.set()
+
+    async def _run(self) -> None:
+        self._monitors = {monitor.name: monitor for monitor in self._make()}
+        self._started.set()
+        await asyncio.gather(*(monitor.run() for monitor in self._monitors.values()))

@@ -1,0 +1,492 @@
+"""
+The steps of a read, a write and a choice, without the input and output.
+
+The blocking and the async router carry out the same plans, so both route alike by construction. A
+plan that is thrown a cancellation gives back what it holds, by yielding once more, before it lets
+go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lsn_consistency import _sql
+from lsn_consistency._core import Core, Facts
+from lsn_consistency._decision import Fail, Read, Refresh, Serve, Wait, no_primary
+from lsn_consistency._observation import Observation
+from lsn_consistency._steps import (
+    AwaitObservation,
+    AwaitPosition,
+    AwaitTurn,
+    Checkout,
+    Fetch,
+    NodeFailure,
+    Plan,
+    Return,
+    SetReadOnly,
+    identify,
+    observe,
+)
+from lsn_consistency.consistency import Consistency, effective
+from lsn_consistency.events import FallbackLimited, PositionUnknown, ReadRouted
+from lsn_consistency.exceptions import (
+    ConfigurationError,
+    FallbackLimitError,
+    NoNodeAvailableError,
+)
+from lsn_consistency.route import Reason, Route
+from lsn_consistency.session import Session
+from lsn_consistency.tokens import Token
+
+MAX_ROUNDS: Final = 64
+CONNECTIONS_TRIED: Final = 3
+REFUSALS_BEFORE_EXCLUDED: Final = 2
+RETRY_AFTER_SECONDS: Final = 1.0
+READY_SECONDS: Final = 0.001
+"""Time to take a connection that lies ready in its pool, and no time to open another."""
+RETRIABLE_STATES: Final = frozenset({"40001", "40P01", "57P01", "57P02", "57P03"})
+"""Recovery conflicts and shutdowns: the same read can succeed on another node."""
+_FALLBACKS: Final = frozenset(
+    {Reason.NOT_CAUGHT_UP, Reason.LAG_EXCEEDED, Reason.NO_REPLICA, Reason.TIMELINE_CHANGED}
+)
+
+
+@dataclass(slots=True)
+class Lease:
+    """
+    Hold a connection in use, and why it was given.
+    """
+
+    node: str
+    conn: Any
+    facts: Facts
+    route: Route
+    level: Consistency
+    fallback: bool = False
+
+
+def meet(core: Core, name: str, conn: Any) -> Plan[Facts]:
+    """
+    Make the first observation on a connection, and remember the connection by it.
+    """
+    identity, seen = yield from identify(conn)
+    return core.met(name, conn, identity, seen)
+
+
+def open_read(core: Core, session: Session, read: Read) -> Plan[Lease]:
+    """
+    Take a connection that may serve ``read``.
+
+    Raises a `RoutingError` when nothing may serve it.
+    """
+    for _ in range(MAX_ROUNDS):
+        verdict = core.decide(read)
+        if isinstance(verdict, Serve):
+            lease = yield from _serve(core, read, verdict)
+            if lease is not None:
+                _note(core, session, lease.route)
+                return lease
+        else:
+            yield from _prepare(core, read, verdict)
+    raise NoNodeAvailableError({}, f"no node served the read in {MAX_ROUNDS} attempts")
+
+
+def choose(core: Core, session: Session, read: Read) -> Plan[Route]:
+    """
+    Decide where a read goes without taking a connection.
+    """
+    for _ in range(MAX_ROUNDS):
+        verdict = core.decide(read)
+        if not isinstance(verdict, Serve):
+            yield from _prepare(core, read, verdict)
+        elif verdict.ask:
+            # Only a connection could tell, and a choice opens none.
+            read.asked.add(verdict.node.name)
+        else:
+            route = _route(read, verdict)
+            if route.reason is Reason.LAG_EXCEEDED:
+                core.warn_lag_exceeded(read)
+            _note(core, session, route)
+            return route
+    raise NoNodeAvailableError({}, f"no node was chosen in {MAX_ROUNDS} attempts")
+
+
+def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lease]:
+    """
+    Take a connection of the named node without a decision.
+    """
+    node = core.cluster.nodes.get(name)
+    if node is None:
+        known = ", ".join(core.cluster.nodes)
+        raise ConfigurationError(f"no node is named {name!r}; this router has {known}")
+    core.cluster.enter(node, fallback=False)
+    try:
+        conn = yield Checkout(name, core.settings.connect_timeout, core.settings.connect_timeout)
+        try:
+            facts = core.facts_of(conn)
+            if facts is None:
+                facts = yield from meet(core, name, conn)
+            yield from _make_read_only(core, conn, facts)
+        except BaseException:
+            yield Return(name, conn)
+            raise
+    except NodeFailure as failure:
+        core.cluster.leave(node, fallback=False)
+        _report(core, name, failure)
+        raise failure.cause from None
+    except BaseException:
+        core.cluster.leave(node, fallback=False)
+        raise
+    route = Route(name, "replica" if facts.in_recovery else "primary", Reason.FORCED)
+    _note(core, session, route)
+    return Lease(name, conn, facts, route, read.level)
+
+
+def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
+    """
+    Give a read's connection back, and advance the session past what it can have shown.
+
+    Nothing is raised: a position that cannot be had pins the session. ``interrupted`` says that
+    the read was cancelled, and there is no time to ask anybody.
+    """
+    node = core.cluster.nodes[lease.node]
+    advances = lease.level == Consistency.CAUSAL or lease.route.reason is Reason.TIMELINE_CHANGED
+    started = core.clock()
+    seen: Observation | None = None
+    # Reads that end together share one probe; one that is alone asks on its own connection. Behind
+    # a pooler neither reaches the same server for certain.
+    shares = node.in_flight > 1 and not node.hides_servers
+    try:
+        try:
+            if advances and not interrupted and not shares and not lease.facts.pooled:
+                seen = yield from observe(lease.conn, lease.facts.identity)
+            yield from _restore(core, lease.conn, lease.facts)
+        except NodeFailure as failure:
+            _report(core, lease.node, failure)
+        finally:
+            core.cluster.leave(node, fallback=lease.fallback)
+            yield Return(lease.node, lease.conn)
+    except BaseException:
+        if advances:
+            _pin(core, session, "the read was interrupted")
+        raise
+    if not advances:
+        return
+    if interrupted:
+        _pin(core, session, "the read was interrupted")
+        return
+    if shares and not lease.facts.pooled:
+        seen = yield AwaitObservation(lease.node, started, core.settings.probe_timeout)
+        if seen is not None and seen.server != lease.facts.identity.server:
+            seen = None
+    yield from _advance(core, session, seen, started)
+
+
+def open_write(core: Core, session: Session) -> Plan[Lease]:
+    """
+    Take a connection of the primary.
+
+    Raises the driver's own error, or `NoNodeAvailableError` when no node is the primary.
+    """
+    session.accessed = True
+    for _ in range(CONNECTIONS_TRIED):
+        primary = core.cluster.primary
+        if primary is None:
+            yield from _look_again(core, tuple(core.cluster.nodes))
+            continue
+        # A primary that has just failed gets less time than one whose pool is merely busy.
+        timeout = core.settings.connect_timeout if primary.failures else None
+        serve = Serve(primary, Reason.PRIMARY_REQUIRED, primary=True)
+        try:
+            conn = yield Checkout(primary.name, timeout, core.settings.connect_timeout)
+            try:
+                facts, seen = yield from _look(core, None, serve, conn)
+                if not seen.in_recovery:
+                    yield from _make_writable(conn, facts)
+                    route = Route(primary.name, "primary", Reason.PRIMARY_REQUIRED)
+                    level = effective(None, core.settings.consistency)
+                    return Lease(primary.name, conn, facts, route, level)
+            except BaseException:
+                yield Return(primary.name, conn)
+                raise
+            yield Return(primary.name, conn)
+        except NodeFailure as failure:
+            _report(core, primary.name, failure)
+            raise failure.cause from None
+    failures = {node.name: node.last_error or "is a standby" for node in core.cluster.all_nodes}
+    raise NoNodeAvailableError(failures, no_primary(core.cluster))
+
+
+def close_write(core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
+    """
+    Take the position after COMMIT, advance the session by it, and give the connection back.
+
+    Nothing is raised: when the position cannot be had here, a fresh one of the primary is taken,
+    and when there is none the session is pinned to the primary.
+    """
+    started = core.clock()
+    seen: Observation | None = None
+    sticky = lease.level.name == "sticky"
+    session.wrote = True
+    try:
+        try:
+            if not interrupted and not sticky:
+                seen = yield from observe(lease.conn, lease.facts.identity)
+        except NodeFailure as failure:
+            _report(core, lease.node, failure)
+        finally:
+            yield Return(lease.node, lease.conn)
+    except BaseException:
+        _pin(core, session, "the write was interrupted")
+        raise
+    if sticky:
+        session.pin(core.unix_clock() + (lease.level.seconds or 0.0))
+    elif interrupted:
+        _pin(core, session, "the write was interrupted")
+    else:
+        at_primary = None if seen is None or seen.in_recovery else seen
+        yield from _advance(core, session, at_primary, started)
+
+
+def capture(core: Core, session: Session) -> Plan[None]:
+    """
+    Advance the session past everything that is committed on the primary by now.
+    """
+    session.wrote = True
+    level = effective(None, core.settings.consistency)
+    if level.name == "sticky":
+        session.pin(core.unix_clock() + (level.seconds or 0.0))
+        return
+    yield from _advance(core, session, None, core.clock())
+
+
+def primary_token(core: Core) -> Plan[Token]:
+    """
+    Return the primary's position as a token.
+
+    Raises `NoNodeAvailableError` when it cannot be had.
+    """
+    primary = core.cluster.primary
+    if primary is not None:
+        seen = yield AwaitObservation(primary.name, core.clock(), core.settings.probe_timeout)
+        if seen is not None and not seen.in_recovery and seen.position is not None:
+            return Token([seen.position])
+    failures = {node.name: node.last_error or "not asked" for node in core.cluster.all_nodes}
+    raise NoNodeAvailableError(failures, "the primary's position cannot be had")
+
+
+def is_retriable(state: str | None, *, lost: bool) -> bool:
+    """
+    Tell whether a read that failed so may run again on another node.
+    """
+    return lost or state in RETRIABLE_STATES
+
+
+def _serve(core: Core, read: Read, serve: Serve) -> Plan[Lease | None]:
+    fallback = serve.primary and serve.reason in _FALLBACKS
+    if not core.cluster.enter(serve.node, fallback=fallback):
+        serve = yield from _limited(core, read, serve)
+        fallback = serve.primary
+    try:
+        connected = yield from _connect(core, read, serve)
+    except NodeFailure as failure:
+        core.cluster.leave(serve.node, fallback=fallback)
+        _report(core, serve.node.name, failure)
+        if serve.primary:
+            if not failure.down and serve.node.newest is not None:
+                # A full pool does not make the primary unreachable.
+                raise failure.cause from None
+            read.primary_error = failure.cause
+        else:
+            read.excluded.add(serve.node.name)
+        return None
+    except BaseException:
+        core.cluster.leave(serve.node, fallback=fallback)
+        raise
+    if connected is None:
+        core.cluster.leave(serve.node, fallback=fallback)
+        return None
+    if serve.reason is Reason.LAG_EXCEEDED:
+        core.warn_lag_exceeded(read)
+    conn, facts = connected
+    return Lease(serve.node.name, conn, facts, _route(read, serve), read.level, fallback)
+
+
+def _limited(core: Core, read: Read, serve: Serve) -> Plan[Serve]:
+    # The node of the returned verdict has been entered.
+    limit = core.settings.max_fallback_reads or 0
+    action = core.settings.on_fallback_limit
+    core.emit(FallbackLimited(limit, action))
+    if action == "stale":
+        stale = core.decide_stale(read, serve)
+        if stale is not None:
+            core.cluster.enter(stale.node, fallback=False)
+            return stale
+    elif action == "wait":
+        ends = core.clock() + core.settings.fallback_wait_seconds
+        while (left := ends - core.clock()) > 0:
+            yield AwaitTurn(left)
+            if core.cluster.enter(serve.node, fallback=True):
+                return serve
+    raise FallbackLimitError(limit, RETRY_AFTER_SECONDS)
+
+
+def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts] | None]:
+    name = serve.node.name
+    busy_primary = serve.primary and not serve.node.failures
+    timeout = None if busy_primary else core.settings.connect_timeout
+    renew = core.settings.connect_timeout if serve.primary else READY_SECONDS
+    for _ in range(CONNECTIONS_TRIED):
+        conn = yield Checkout(name, timeout, renew)
+        try:
+            facts, seen = yield from _look(core, read, serve, conn)
+            if core.admits(read, serve, seen):
+                yield from _make_read_only(core, conn, facts)
+                return conn, facts
+        except BaseException:
+            yield Return(name, conn)
+            raise
+        hides = serve.node.hides_servers
+        yield Return(name, conn, discard=hides and core.may_recycle(core.clock()))
+        if not hides:
+            break
+    if serve.ask:
+        read.asked.add(name)
+    read.refusals[name] += 1
+    if read.refusals[name] >= REFUSALS_BEFORE_EXCLUDED:
+        read.excluded.add(name)
+    return None
+
+
+def _look(
+    core: Core, read: Read | None, serve: Serve, conn: Any
+) -> Plan[tuple[Facts, Observation]]:
+    name = serve.node.name
+    facts = core.facts_of(conn)
+    if facts is None:
+        identity, seen = yield from identify(conn)
+        facts = core.met(name, conn, identity, seen)
+        if not facts.pooled or read is None:
+            return facts, seen
+    if facts.pooled and read is not None:
+        yield Fetch(conn, _sql.BEGIN_READ_COMMITTED)
+    known = core.usable(facts, core.clock())
+    if known is not None:
+        good = not known.in_recovery if read is None else core.admits(read, serve, known)
+        if good:
+            return facts, known
+    seen = yield from observe(conn, facts.identity)
+    core.observed(name, seen)
+    return facts, seen
+
+
+def _make_read_only(core: Core, conn: Any, facts: Facts) -> Plan[None]:
+    if facts.pooled:
+        # The transaction that the check opened is read-only already.
+        return
+    if not conn.autocommit:
+        facts.changed, facts.own_read_only = True, conn.read_only
+        yield SetReadOnly(conn, True)
+    elif not facts.read_only and not (facts.in_recovery and core.is_given(facts.node)):
+        yield Fetch(conn, _sql.READ_ONLY)
+        facts.read_only = True
+
+
+def _make_writable(conn: Any, facts: Facts) -> Plan[None]:
+    if facts.read_only:
+        yield Fetch(conn, _sql.READ_WRITE)
+        facts.read_only = False
+
+
+def _restore(core: Core, conn: Any, facts: Facts) -> Plan[None]:
+    if conn.closed:
+        return
+    if facts.changed:
+        facts.changed = False
+        yield SetReadOnly(conn, facts.own_read_only)
+    if core.is_given(facts.node):
+        # Its owner takes connections of this pool too.
+        yield from _make_writable(conn, facts)
+
+
+def _prepare(core: Core, read: Read, verdict: Wait | Refresh | Fail) -> Plan[None]:
+    if isinstance(verdict, Fail):
+        raise verdict.error from read.primary_error
+    if isinstance(verdict, Refresh):
+        read.refreshed = True
+        yield from _look_again(core, verdict.names)
+        return
+    if read.waiting_since is None:
+        read.waiting_since = core.clock()
+    ends = read.waiting_since + read.wait_seconds
+    if read.wait_seconds <= 0:
+        # Not waiting for a replica to catch up still means to look whether one has.
+        yield from _look_again(core, _replicas(core))
+    elif (left := ends - core.clock()) > 0:
+        yield AwaitPosition(verdict.required, left)
+    now = core.clock()
+    read.waited_seconds = now - read.waiting_since
+    if now >= ends:
+        read.waited = True
+        read.asked.clear()
+
+
+def _look_again(core: Core, names: tuple[str, ...]) -> Plan[None]:
+    # One after the other, the primary first: a replica then had time to replay what the primary's
+    # sample says.
+    for name in names:
+        yield AwaitObservation(name, core.clock(), core.settings.probe_timeout)
+
+
+def _replicas(core: Core) -> tuple[str, ...]:
+    return tuple(
+        node.name
+        for node in core.cluster.all_nodes
+        if node.newest is not None and node.newest.in_recovery
+    )
+
+
+def _advance(core: Core, session: Session, seen: Observation | None, started: float) -> Plan[None]:
+    # The primary's position is an upper bound for everything that any node can have shown.
+    position = None if seen is None else seen.bound_position
+    if position is None and (primary := core.cluster.primary) is not None:
+        seen = yield AwaitObservation(primary.name, started, core.settings.probe_timeout)
+        if seen is not None and not seen.in_recovery:
+            position = seen.bound_position
+    if position is None:
+        _pin(core, session, "no position could be taken")
+    else:
+        session.advance(Token([position]))
+
+
+def _pin(core: Core, session: Session, why: str) -> None:
+    until = core.unix_clock() + core.settings.pin_seconds
+    session.pin(until)
+    core.emit(PositionUnknown(why, until))
+
+
+def _report(core: Core, name: str, failure: NodeFailure) -> None:
+    if failure.down:
+        core.failed(name, failure.cause)
+    core.kick(name)
+
+
+def _route(read: Read, serve: Serve) -> Route:
+    if serve.primary:
+        return Route(serve.node.name, "primary", serve.reason, read.waited_seconds, 0.0)
+    return Route(
+        serve.node.name,
+        "replica",
+        serve.reason,
+        read.waited_seconds,
+        serve.lag_seconds,
+        serve.stale,
+    )
+
+
+def _note(core: Core, session: Session, route: Route) -> None:
+    session.last_route = route
+    if not route.is_primary:
+        session.node = route.name
+    core.emit(ReadRouted(route))

@@ -1,0 +1,146 @@
+"""
+Every SQL statement that the package sends, and the reading of their rows.
+
+One statement serves standbys and primaries: the functions of the other role would raise, so CASE
+keeps them apart. Columns come as text. The pause state stands before the replay position on
+purpose: paused first, then read, the position covers all that was visible (see `_bound`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from lsn_consistency._observation import Observation, Server
+from lsn_consistency.lsn import Lsn, normalize_insert_lsn, unsigned_system_id
+
+Row = Sequence[str | None]
+
+_PROBE_COLUMNS: Final = """\
+ pg_backend_pid(),
+ pg_is_in_recovery(),
+ case when pg_is_in_recovery() then pg_get_wal_replay_pause_state() end,
+ case when pg_is_in_recovery() then pg_last_wal_replay_lsn()
+      else pg_current_wal_insert_lsn() end,
+ case when pg_is_in_recovery() then pg_last_wal_receive_lsn()
+      else pg_current_wal_flush_lsn() end,
+ case when pg_is_in_recovery()
+      then greatest((select max(received_tli) from pg_stat_wal_receiver),
+                    (select timeline_id from pg_control_checkpoint()))
+      else ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::bigint end,
+ exists (select from pg_stat_wal_receiver),
+ current_setting('recovery_min_apply_delay') <> '0',
+ extract(epoch from clock_timestamp() - pg_last_xact_replay_timestamp())"""
+_PROBE_WIDTH: Final = 9
+
+_IDENTITY_COLUMNS: Final = """\
+ (select system_identifier from pg_control_system()),
+ host(inet_server_addr()), inet_server_port(),
+ extract(epoch from pg_postmaster_start_time()),
+ current_setting('wal_block_size'),
+ pg_size_bytes(current_setting('wal_segment_size')),
+ extract(epoch from current_setting('wal_writer_delay')::interval)"""
+
+PROBE: Final = b"select" + _PROBE_COLUMNS.encode()
+"""Observe a server whose identity is known already."""
+
+IDENTIFY: Final = PROBE + b"," + _IDENTITY_COLUMNS.encode()
+"""Observe a server and learn which one it is."""
+
+IDENTIFY_WITHOUT_WAL: Final = b"""select
+ pg_backend_pid(), pg_is_in_recovery(), null, null, null, null, false, false, null,
+ 0, host(inet_server_addr()), inet_server_port(),
+ extract(epoch from pg_postmaster_start_time()), 8192, 16777216, 0"""
+"""The same where the WAL functions are missing or forbidden: every position stays unknown."""
+
+WAL_FUNCTIONS_UNAVAILABLE: Final = frozenset({"0A000", "42501", "42883"})
+"""SQLSTATEs of a server that does not offer its WAL functions (Aurora, revoked EXECUTE)."""
+
+BEGIN_READ_COMMITTED: Final = b"begin isolation level read committed read only"
+"""Behind a pooler, check and read share one transaction, whose every statement is fresh."""
+
+READ_ONLY: Final = b"set session characteristics as transaction read only"
+READ_WRITE: Final = b"set session characteristics as transaction read write"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """
+    Hold what does not change for as long as a connection lives.
+    """
+
+    server: Server
+    block_size: int
+    segment_size: int
+    flush_delay_seconds: float
+    pooled: bool = False
+
+    @property
+    def limited(self) -> bool:
+        """
+        Tell that the server does not offer its WAL functions: its system is unknown.
+        """
+        return self.server.system_id == 0
+
+
+def read_identity(row: Row, backend_pid: int) -> Identity:
+    """
+    Read the identity of an `IDENTIFY` row. ``backend_pid`` is the one that the protocol reported.
+    """
+    system, address, port, started, block, segment, delay = row[_PROBE_WIDTH:]
+    server = Server(
+        unsigned_system_id(int(system or 0)),
+        address,
+        None if port is None else int(port),
+        started or "",
+    )
+    # An asynchronous commit is flushed within three times wal_writer_delay.
+    flush_delay = 3 * float(delay or 0)
+    pooled = int(row[0] or 0) != backend_pid
+    return Identity(server, int(block or 0), int(segment or 0), flush_delay, pooled)
+
+
+def read_observation(
+    identity: Identity, row: Row, backend_pid: int, sent_at: float, received_at: float
+) -> Observation:
+    """
+    Read the probe columns of a row that came from the server of ``identity``.
+    """
+    pid, recovery, paused, lsn, other, timeline, streaming, delayed, age = row[:_PROBE_WIDTH]
+    in_recovery = recovery == "t"
+    position = None if lsn is None else Lsn.parse(lsn)
+    second = None if other is None else Lsn.parse(other)
+    if position is not None and not in_recovery:
+        position = normalize_insert_lsn(
+            position, block_size=identity.block_size, segment_size=identity.segment_size
+        )
+    return Observation(
+        server=identity.server,
+        in_recovery=in_recovery,
+        timeline=None if timeline is None else int(timeline),
+        lsn=position,
+        sent_at=sent_at,
+        received_at=received_at,
+        bound=(
+            _bound(position, second, paused == "paused" or delayed == "t", streaming == "t")
+            if in_recovery
+            else position
+        ),
+        flush_lsn=None if in_recovery else second,
+        flush_delay_seconds=identity.flush_delay_seconds,
+        replay_age_seconds=None if age is None else float(age),
+        pooled=int(pid or 0) != backend_pid,
+    )
+
+
+def _bound(replay: Lsn | None, receive: Lsn | None, held: bool, streaming: bool) -> Lsn | None:
+    # A commit is visible a moment before the replay position covers it (ApplyWalRecord in
+    # xlogrecovery.c), and never before it was received. A replica that is held back on purpose
+    # shows nothing of what it has received. WAL that comes from an archive is not received, so
+    # without a walreceiver there is no bound.
+    if held or replay is None:
+        return replay
+    if not streaming or receive is None:
+        return None
+    return max(replay, receive)

@@ -1,0 +1,200 @@
+"""
+One statement on one connection, within a deadline, below psycopg's cursors.
+
+The statements of this package must not open a transaction, must not depend on the user's row
+factories, and must end in time even when the server is frozen: a cursor promises none of these,
+and a cancelled one waits for the server. So they go through `psycopg.pq`, psycopg's documented
+wrapper of libpq. After a time-out or a cancellation the connection is closed, since what it would
+receive next is unknown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any, Literal, TypeVar
+
+from psycopg import OperationalError, pq
+
+from lsn_consistency._sql import Row
+from lsn_consistency._steps import Fetch, NodeFailure, Plan, Reply
+
+_Result = TypeVar("_Result")
+Need = Literal["read", "write"]
+
+# Behind a pooler the check is part of the transaction that reads.
+_BETWEEN_STATEMENTS = (pq.TransactionStatus.IDLE, pq.TransactionStatus.INTRANS)
+
+
+class RefusedError(OperationalError):
+    """
+    The server refused a statement of this package; ``state`` is its SQLSTATE.
+    """
+
+    def __init__(self, message: str, state: str | None) -> None:
+        super().__init__(message)
+        self.state = state
+
+
+def fetch(step: Fetch, timeout: float) -> Reply:
+    """
+    Run a statement on a blocking connection.
+
+    Raises `NodeFailure` for a lost connection, a refusal, or after ``timeout`` seconds.
+    """
+    pgconn = _usable(step.conn)
+    rows: list[Row] = [()]
+    sent_at = monotonic()
+    deadline = sent_at + timeout
+    try:
+        for need in _exchange(pgconn, step.statement, rows):
+            left = deadline - monotonic()
+            if left <= 0 or not _wait(pgconn.socket, need, left):
+                raise TimeoutError
+    except BaseException as error:
+        raise _failure(pgconn, error, timeout) from None
+    return Reply(rows[-1], pgconn.backend_pid, sent_at, monotonic())
+
+
+async def fetch_async(step: Fetch, timeout: float) -> Reply:
+    """
+    Run a statement on an async connection; otherwise the same as `fetch`.
+    """
+    pgconn = _usable(step.conn)
+    rows: list[Row] = [()]
+    sent_at = monotonic()
+    try:
+        async with asyncio.timeout(timeout):
+            for need in _exchange(pgconn, step.statement, rows):
+                await _ready(pgconn.socket, need)
+    except BaseException as error:
+        raise _failure(pgconn, error, timeout) from None
+    return Reply(rows[-1], pgconn.backend_pid, sent_at, monotonic())
+
+
+async def run_async(plan: Plan[_Result], timeout: float) -> _Result:
+    """
+    Carry out a plan that does nothing but fetch.
+    """
+    try:
+        step = next(plan)
+        while True:
+            try:
+                if not isinstance(step, Fetch):
+                    raise TypeError(f"a plan of fetches asked for {step!r}")
+                reply = await fetch_async(step, timeout)
+            except NodeFailure as failure:
+                step = plan.throw(failure)
+            else:
+                step = plan.send(reply)
+    except StopIteration as done:
+        result: _Result = done.value
+        return result
+
+
+def is_alive(conn: Any) -> bool:
+    """
+    Tell, without a round trip, whether an idle connection still has its server.
+
+    A server that stopped or crashed has closed the socket, which is then readable. A frozen one
+    or a silent network cannot be seen here.
+    """
+    pgconn = conn.pgconn
+    if pgconn.status != pq.ConnStatus.OK:
+        return False
+    if not _wait(pgconn.socket, "read", 0):
+        return True
+    try:
+        pgconn.consume_input()
+    except OperationalError:
+        return False
+    return bool(pgconn.status == pq.ConnStatus.OK)
+
+
+def is_idle(conn: Any) -> bool:
+    """
+    Tell whether a connection works and is in no transaction.
+    """
+    return bool(conn.pgconn.transaction_status == pq.TransactionStatus.IDLE)
+
+
+def _usable(conn: Any) -> Any:
+    pgconn = conn.pgconn
+    if pgconn.status != pq.ConnStatus.OK:
+        raise NodeFailure(OperationalError("the connection is lost"))
+    if pgconn.transaction_status not in _BETWEEN_STATEMENTS:
+        raise NodeFailure(OperationalError("the connection is in use"), down=False)
+    return pgconn
+
+
+def _failure(pgconn: Any, error: BaseException, timeout: float) -> BaseException:
+    if isinstance(error, RefusedError):
+        return NodeFailure(error, state=error.state)
+    pgconn.finish()
+    if isinstance(error, TimeoutError):
+        return NodeFailure(OperationalError(f"no answer within {timeout:g} s"))
+    return NodeFailure(error) if isinstance(error, Exception) else error
+
+
+def _exchange(pgconn: Any, statement: bytes, rows: list[Row]) -> Iterator[Need]:
+    # The extended protocol takes one statement only, and gives text columns.
+    pgconn.send_query_params(statement, None)
+    while pgconn.flush():
+        yield "write"
+    failure: RefusedError | None = None
+    while True:
+        while pgconn.is_busy():
+            yield "read"
+            pgconn.consume_input()
+        result = pgconn.get_result()
+        if result is None:
+            break
+        if result.status == pq.ExecStatus.FATAL_ERROR:
+            failure = failure or _refusal(result)
+        elif result.ntuples:
+            rows.append(_text(result))
+    if pgconn.status != pq.ConnStatus.OK:
+        raise OperationalError(str(failure or "the connection is lost"))
+    if failure is not None:
+        raise failure
+
+
+def _text(result: Any) -> Row:
+    values = (result.get_value(0, column) for column in range(result.nfields))
+    return tuple(None if value is None else value.decode() for value in values)
+
+
+def _refusal(result: Any) -> RefusedError:
+    state = result.error_field(pq.DiagnosticField.SQLSTATE)
+    message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"the server gave no reason"
+    return RefusedError(
+        message.decode("utf-8", "replace"), None if state is None else state.decode("ascii")
+    )
+
+
+def _wait(socket: int, need: Need, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(socket, select.POLLIN if need == "read" else select.POLLOUT)
+    return bool(poll.poll(seconds * 1000))
+
+
+async def _ready(socket: int, need: Need) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    add, remove = (
+        (loop.add_reader, loop.remove_reader)
+        if need == "read"
+        else (loop.add_writer, loop.remove_writer)
+    )
+    add(socket, wake)
+    try:
+        await ready
+    finally:
+        remove(socket)

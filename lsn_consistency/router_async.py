@@ -1,0 +1,393 @@
+"""
+The async router: tasks wait, the plans decide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Self, TypeVar, Unpack
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from lsn_consistency import _plans, _steps, _wire
+from lsn_consistency._base import BaseRouter
+from lsn_consistency._core import Core
+from lsn_consistency._monitor import Monitor
+from lsn_consistency._observation import Observation
+from lsn_consistency._settings import RouterOptions
+from lsn_consistency._waiters import Waiter
+from lsn_consistency.consistency import Consistency
+from lsn_consistency.exceptions import ConfigurationError
+from lsn_consistency.route import Route
+from lsn_consistency.session import current_session
+from lsn_consistency.tokens import Token
+
+_Result = TypeVar("_Result")
+Connection = psycopg.AsyncConnection[Any]
+
+
+class AsyncRouter(BaseRouter):
+    """
+    Route reads to replicas that have replayed what the session wrote or saw; for asyncio.
+
+    ``primary`` is a conninfo or an open `psycopg_pool.AsyncConnectionPool`, ``replicas`` a mapping
+    of names to the same. Open it with ``async with``, `open`, or an application's ``lifespan``, and
+    use it on the event loop that opened it. After a fork, a child opens it anew.
+
+    Raises `ConfigurationError` for options that cannot work.
+    """
+
+    _pool_types = (AsyncConnectionPool,)
+
+    def __init__(
+        self, *, primary: Any = None, replicas: Any = (), **options: Unpack[RouterOptions]
+    ) -> None:
+        super().__init__(primary, replicas, options)
+        self._open_lock = asyncio.Lock()
+        self._monitors: dict[str, Monitor] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # Life
+
+    async def open(self) -> None:
+        """
+        Open the pools, start the monitors, and wait for the first observation of each node.
+
+        A node that is down does not fail it; the wait ends after ``open_timeout``.
+        """
+        async with self._open_lock:
+            if self._core is None:
+                await self._start()
+
+    async def close(self) -> None:
+        """
+        End the monitors and close the pools that the router made.
+        """
+        async with self._open_lock:
+            tasks, pools = self._tasks, self._pools
+            self._core, self._tasks, self._monitors, self._pools = None, [], {}, {}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for name, pool in pools.items():
+                if not self._is_given(name):
+                    await pool.close()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    @asynccontextmanager
+    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
+        """
+        Open the router for the life of an ASGI application: ``Starlette(lifespan=...)``.
+        """
+        async with self:
+            yield
+
+    # Use
+
+    @asynccontextmanager
+    async def read(
+        self,
+        token: Token | None = None,
+        *,
+        consistency: Consistency | None = None,
+        node: str | None = None,
+    ) -> AsyncIterator[Connection]:
+        """
+        Yield a read-only connection of a node that satisfies the session's token.
+
+        ``token`` takes the place of the session's, ``consistency`` that of the block's or the
+        router's level; ``node`` names a node and skips the decision. The transaction ends with
+        the block. At ``CAUSAL`` the session advances past what the read can have seen.
+
+        Raises a `RoutingError` when nothing may serve the read.
+        """
+        core = self._running()
+        session = current_session()
+        asked = core.new_read(session, token, consistency)
+        plan = (
+            _plans.open_read(core, session, asked)
+            if node is None
+            else _plans.open_forced(core, session, asked, node)
+        )
+        lease = await self._run(plan)
+        interrupted = False
+        try:
+            async with lease.conn:
+                yield lease.conn
+        except BaseException as error:
+            interrupted = not isinstance(error, Exception)
+            raise
+        finally:
+            await self._run(_plans.close_read(core, session, lease, interrupted=interrupted))
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[Connection]:
+        """
+        Yield a connection of the primary; after COMMIT the session advances to its position.
+
+        The block's end commits, an exception rolls back. A position is taken either way, since
+        the block may have committed by itself. If none can be had, the session is pinned to the
+        primary for ``pin_seconds``.
+
+        Raises the driver's own error when the primary is down, and `NoNodeAvailableError` when no
+        node is the primary. Writes are never repeated.
+        """
+        core = self._running()
+        session = current_session()
+        lease = await self._run(_plans.open_write(core, session))
+        interrupted = False
+        try:
+            async with lease.conn:
+                yield lease.conn
+        except BaseException as error:
+            interrupted = not isinstance(error, Exception)
+            raise
+        finally:
+            await self._run(_plans.close_write(core, session, lease, interrupted=interrupted))
+
+    async def choose(
+        self,
+        token: Token | None = None,
+        *,
+        consistency: Consistency | None = None,
+        timeout: float | None = None,
+    ) -> Route:
+        """
+        Decide where a read goes, and open nothing.
+
+        ``timeout`` takes the place of ``wait_seconds``. The answer holds for connections that were
+        open before the decision; `read` also makes sure of that for the connection that it yields.
+
+        Raises a `RoutingError` when nothing may serve the read.
+        """
+        core = self._running()
+        session = current_session()
+        asked = core.new_read(session, token, consistency, timeout)
+        return await self._run(_plans.choose(core, session, asked))
+
+    async def run_read(
+        self,
+        fn: Callable[..., Awaitable[_Result]],
+        *args: Any,
+        consistency: Consistency | None = None,
+    ) -> _Result:
+        """
+        Return ``await fn(conn, *args)``; run it again on another node if a replica cancels or dies.
+
+        ``fn`` runs again after a recovery conflict, a shutdown or a lost connection, on a node
+        where it has not run, the primary last. It must only read, and keep nothing of ``conn``.
+
+        Raises what ``fn`` raises, and a `RoutingError` when nothing may serve the read.
+        """
+        core = self._running()
+        tried: set[str] = set()
+        while True:
+            session = current_session()
+            asked = core.new_read(session, None, consistency)
+            asked.excluded |= tried
+            lease = await self._run(_plans.open_read(core, session, asked))
+            interrupted = False
+            try:
+                async with lease.conn:
+                    return await fn(lease.conn, *args)
+            except psycopg.Error as error:
+                again = _plans.is_retriable(error.sqlstate, lost=lease.conn.closed)
+                if lease.route.is_primary or not again:
+                    raise
+                tried.add(lease.node)
+            except BaseException as error:
+                interrupted = not isinstance(error, Exception)
+                raise
+            finally:
+                await self._run(_plans.close_read(core, session, lease, interrupted=interrupted))
+
+    async def token(self) -> Token:
+        """
+        Return the primary's position now, as a token.
+
+        Raises `NoNodeAvailableError` when it cannot be had within ``probe_timeout``.
+        """
+        return await self._run(_plans.primary_token(self._running()))
+
+    async def capture(self) -> None:
+        """
+        Advance the session past everything committed on the primary by now.
+
+        For applications that write through an engine of their own: call it after COMMIT. A primary
+        that cannot be reached raises nothing; the session is pinned to the primary instead.
+        """
+        await self._run(_plans.capture(self._running(), current_session()))
+
+    # Starting
+
+    async def _start(self) -> None:
+        core = self._new_core(self._kick)
+        pools: dict[str, Any] = {}
+        for name, source in self._sources.items():
+            pools[name] = source if self._is_given(name) else self._new_pool(core, name)
+        self._core, self._pools = core, pools
+        first = [asyncio.create_task(self._first_observation(core, name)) for name in self._sources]
+        for name in self._sources:
+            monitor = Monitor(name, self._monitor_connect(name), core)
+            self._monitors[name] = monitor
+            task = asyncio.create_task(monitor.run(), name=f"lsn_consistency monitor {name}")
+            self._tasks.append(task)
+        try:
+            await asyncio.gather(*first)
+        except BaseException:
+            for task in first:
+                task.cancel()
+            raise
+        for name, pool in pools.items():
+            if not self._is_given(name):
+                await pool.open(wait=False)
+
+    async def _first_observation(self, core: Core, name: str) -> None:
+        await self._wait(
+            core,
+            lambda wake: core.cluster.wait_for_observation(name, float("-inf"), wake),
+            self._settings.open_timeout,
+        )
+
+    def _new_pool(self, core: Core, name: str) -> AsyncConnectionPool[Any]:
+        users = self._settings.pool_options.get("configure")
+
+        async def configure(conn: Connection) -> None:
+            if users is not None:
+                await users(conn)
+            if _wire.is_idle(conn):
+                await self._run(_plans.meet(core, name, conn))
+
+        try:
+            return AsyncConnectionPool(**self._pool_arguments(name, configure))
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"pool_options: {error}") from None
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._monitors, self._tasks = {}, []
+        self._open_lock = asyncio.Lock()
+
+    # Steps
+
+    async def _run(self, plan: _steps.Plan[_Result]) -> _Result:
+        try:
+            step = next(plan)
+            while True:
+                try:
+                    result = await getattr(self, _STEPS[type(step)])(step)
+                except BaseException as error:
+                    step = plan.throw(error)
+                else:
+                    step = plan.send(result)
+        except StopIteration as done:
+            value: _Result = done.value
+            return value
+
+    async def _checkout(self, step: _steps.Checkout) -> Connection:
+        pool = self._pool(step.node)
+        timeout = step.timeout
+        dead: psycopg.OperationalError | None = None
+        while True:
+            try:
+                conn: Connection = await pool.getconn(timeout)
+            except PoolTimeout as busy:
+                raise _steps.NodeFailure(dead or busy, down=dead is not None) from None
+            except psycopg.Error as error:
+                raise _steps.NodeFailure(error, down=False) from None
+            if _wire.is_alive(conn):
+                return conn
+            dead = psycopg.OperationalError(f"{step.node} has closed its connections")
+            timeout = step.renew_seconds
+            await conn.close()
+            await pool.putconn(conn)
+
+    async def _return(self, step: _steps.Return) -> None:
+        if step.discard:
+            await step.conn.close()
+        lost = step.conn.closed and not step.discard
+        await self._pool(step.node).putconn(step.conn)
+        if lost:
+            self._running().lost(step.node)
+
+    async def _fetch(self, step: _steps.Fetch) -> _steps.Reply:
+        return await _wire.fetch_async(step, self._settings.probe_timeout)
+
+    async def _set_read_only(self, step: _steps.SetReadOnly) -> None:
+        await step.conn.set_read_only(step.value)
+
+    async def _await_position(self, step: _steps.AwaitPosition) -> None:
+        core = self._running()
+        await self._wait(
+            core,
+            lambda wake: core.cluster.wait_for_position(step.required, wake),
+            step.seconds,
+        )
+
+    async def _await_observation(self, step: _steps.AwaitObservation) -> Observation | None:
+        core = self._running()
+        known = core.cluster.nodes[step.node].newest
+        if known is not None and known.sent_at >= step.after:
+            return known
+        waiter = await self._wait(
+            core,
+            lambda wake: core.cluster.wait_for_observation(step.node, step.after, wake),
+            step.seconds,
+        )
+        return waiter.seen
+
+    async def _await_turn(self, step: _steps.AwaitTurn) -> None:
+        core = self._running()
+        await self._wait(core, core.cluster.wait_for_fallback, step.seconds)
+
+    def _pool(self, name: str) -> AsyncConnectionPool[Any]:
+        pool: AsyncConnectionPool[Any] = self._pools[name]
+        return pool
+
+    def _kick(self, name: str) -> None:
+        if name in self._monitors:
+            self._monitors[name].kick()
+
+    async def _wait(
+        self,
+        core: Core,
+        register: Callable[[Callable[[], object]], Waiter],
+        seconds: float,
+    ) -> Waiter:
+        released = asyncio.get_running_loop().create_future()
+
+        def wake() -> None:
+            if not released.done():
+                released.set_result(None)
+
+        waiter = register(wake)
+        for monitor in self._monitors.values():
+            monitor.kick()
+        try:
+            async with asyncio.timeout(max(0.0, seconds)):
+                await released
+        except TimeoutError:
+            return waiter
+        finally:
+            core.cluster.give_up(waiter)
+        return waiter
+
+
+_STEPS: dict[type, str] = {
+    _steps.Checkout: "_checkout",
+    _steps.Return: "_return",
+    _steps.Fetch: "_fetch",
+    _steps.SetReadOnly: "_set_read_only",
+    _steps.AwaitPosition: "_await_position",
+    _steps.AwaitObservation: "_await_observation",
+    _steps.AwaitTurn: "_await_turn",
+}
