@@ -45,6 +45,7 @@ class BaseRouter:
         self._check_pool_options()
         self._core: Core | None = None
         self._pools: dict[str, Any] = {}
+        self._given_is_inherited = False
         _routers.add(self)
 
     @property
@@ -99,6 +100,19 @@ class BaseRouter:
             warn=_logger.warning,
         )
 
+    def _open_given(self, name: str) -> Any:
+        pool = self._sources[name]
+        if self._given_is_inherited:
+            raise ConfigurationError(
+                f"the pool of {name!r} was opened before a fork and belongs to the parent process: "
+                "give the router a conninfo, or make pool and router in each process"
+            )
+        if pool.closed:
+            raise ConfigurationError(
+                f"the pool of {name!r} is not open: open it before the router, in this process"
+            )
+        return pool
+
     def _is_given(self, name: str) -> bool:
         return not isinstance(self._sources[name], str)
 
@@ -151,6 +165,8 @@ class BaseRouter:
         _inherited.append((self._core, self._pools))
         self._core = None
         self._pools = {}
+        # A pool has threads, or tasks, of its own, which a fork does not copy.
+        self._given_is_inherited = any(map(self._is_given, self._sources))
 
 
 def _after_fork_in_child() -> None:

@@ -242,7 +242,7 @@ def _among_replicas(
     if hidden:
         return Serve(hidden[0], _reason(required), None, required, ask=True)
     if _is_unreachable(cluster, read) and reached and read.level.uses_token:
-        chosen = _balanced(reached, read.preferred, random)
+        chosen = _balanced(_furthest(reached), read.preferred, random)
         return _serve(chosen, Reason.PRIMARY_DOWN, required)
     if not healthy:
         return _primary(cluster, read, Reason.NO_REPLICA)
@@ -310,19 +310,27 @@ def _is_unreachable(cluster: Cluster, read: Read) -> bool:
 
 def _too_old(cluster: Cluster, read: Read, now: float) -> tuple[str, ...]:
     # The primary first: a replica then has its time to replay what the primary's sample says.
-    age = FRESH_SHARE * read.lag_limit
+    oldest = now - FRESH_SHARE * read.lag_limit
+    sampled = cluster.samples.newest_at
     names: list[str] = []
-    if cluster.primary is not None and cluster.samples.age_seconds(now) > age:
+    if cluster.primary is not None and sampled < oldest:
         names.append(cluster.primary.name)
-    names.extend(
-        node.name
-        for node in cluster.all_nodes
-        if node.newest is not None
-        and node.newest.in_recovery
-        and node.name not in read.excluded
-        and now - node.newest.sent_at > age
-    )
+    for node in cluster.all_nodes:
+        seen = node.newest
+        if seen is None or not seen.in_recovery or node.name in read.excluded:
+            continue
+        # What was observed before every sample cannot be told from what lags without end.
+        unmeasured = seen.sent_at <= sampled and math.isinf(cluster.lag_seconds(seen, now))
+        if seen.sent_at < oldest or unmeasured:
+            names.append(node.name)
     return tuple(names)
+
+
+def _furthest(candidates: list[_Candidate]) -> list[_Candidate]:
+    # Without a lag to go by, only the replicas that have replayed most.
+    lsns = [(node.newest.lsn if node.newest else None) or 0 for node, _ in candidates]
+    most = max(lsns)
+    return [each for each, lsn in zip(candidates, lsns, strict=True) if lsn == most]
 
 
 def _balanced(

@@ -318,8 +318,14 @@ class Cluster:
         Register a waiter for a place among the fallback reads.
         """
         waiter = Waiter(wake, self.fallback_turns)
+        limit = self.settings.max_fallback_reads
         with self.lock:
-            self.fallback_turns.add(waiter)
+            free = limit is None or self.fallback_reads < limit
+            if not free:
+                self.fallback_turns.add(waiter)
+        if free:
+            # A place was given up after the read had found none.
+            wake()
         return waiter
 
     # For people

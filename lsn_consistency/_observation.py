@@ -158,11 +158,12 @@ class PrimarySamples:
             lag = min(lag, now - self._times[index - 1] + self._flush_delay)
         return lag
 
-    def age_seconds(self, now: float) -> float:
+    @property
+    def newest_at(self) -> float:
         """
-        Return the age of the newest sample; infinity before the first.
+        Return when the newest sample was taken; minus infinity before the first.
         """
-        return now - self._times[-1] if self._times else math.inf
+        return self._times[-1] if self._times else -math.inf
 
     def _went_back(self, insert: int, flush: int) -> bool:
         # A primary that crashed may have lost WAL that was inserted and never flushed.

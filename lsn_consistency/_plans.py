@@ -127,6 +127,8 @@ def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lea
             facts = core.facts_of(conn)
             if facts is None:
                 facts = yield from meet(core, name, conn)
+            if facts.pooled:
+                yield Fetch(conn, _sql.BEGIN_READ_COMMITTED)
             yield from _make_read_only(core, conn, facts)
         except BaseException:
             yield Return(name, conn)
@@ -139,7 +141,8 @@ def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lea
         core.cluster.leave(node, fallback=False)
         raise
     route = Route(name, "replica" if facts.in_recovery else "primary", Reason.FORCED)
-    _note(core, session, route)
+    session.last_route = route
+    core.emit(ReadRouted(route))
     return Lease(name, conn, facts, route, read.level)
 
 
@@ -180,7 +183,7 @@ def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool)
         seen = yield AwaitObservation(lease.node, started, core.settings.probe_timeout)
         if seen is not None and seen.server != lease.facts.identity.server:
             seen = None
-    yield from _advance(core, session, seen, started)
+    yield from _advance_past_read(core, session, seen, started)
 
 
 def open_write(core: Core, session: Session) -> Plan[Lease]:
@@ -190,11 +193,12 @@ def open_write(core: Core, session: Session) -> Plan[Lease]:
     Raises the driver's own error, or `NoNodeAvailableError` when no node is the primary.
     """
     session.accessed = True
+    if core.cluster.primary is None:
+        yield from _look_again(core, tuple(core.cluster.nodes))
     for _ in range(CONNECTIONS_TRIED):
         primary = core.cluster.primary
         if primary is None:
-            yield from _look_again(core, tuple(core.cluster.nodes))
-            continue
+            break
         # A primary that has just failed gets less time than one whose pool is merely busy.
         timeout = core.settings.connect_timeout if primary.failures else None
         serve = Serve(primary, Reason.PRIMARY_REQUIRED, primary=True)
@@ -244,9 +248,10 @@ def close_write(core: Core, session: Session, lease: Lease, *, interrupted: bool
         session.pin(core.unix_clock() + (lease.level.seconds or 0.0))
     elif interrupted:
         _pin(core, session, "the write was interrupted")
+    elif seen is None or seen.in_recovery or seen.bound_position is None:
+        yield from _advance_past_primary(core, session, started)
     else:
-        at_primary = None if seen is None or seen.in_recovery else seen
-        yield from _advance(core, session, at_primary, started)
+        session.advance(Token([seen.bound_position]))
 
 
 def capture(core: Core, session: Session) -> Plan[None]:
@@ -258,7 +263,7 @@ def capture(core: Core, session: Session) -> Plan[None]:
     if level.name == "sticky":
         session.pin(core.unix_clock() + (level.seconds or 0.0))
         return
-    yield from _advance(core, session, None, core.clock())
+    yield from _advance_past_primary(core, session, core.clock())
 
 
 def primary_token(core: Core) -> Plan[Token]:
@@ -447,10 +452,25 @@ def _replicas(core: Core) -> tuple[str, ...]:
     )
 
 
-def _advance(core: Core, session: Session, seen: Observation | None, started: float) -> Plan[None]:
+def _advance_past_read(
+    core: Core, session: Session, seen: Observation | None, started: float
+) -> Plan[None]:
+    if seen is not None and seen.bound_position is not None:
+        session.advance(Token([seen.bound_position]))
+        return
+    primary = core.cluster.primary
+    if seen is not None and seen.position is not None and (primary is None or primary.failures):
+        # No walreceiver, so no bound, and no primary to ask: its standbys have lost it. To pin the
+        # session to it would stop the session's reads; docs/limits.md says what this leaves open.
+        session.advance(Token([seen.position]))
+        return
+    yield from _advance_past_primary(core, session, started)
+
+
+def _advance_past_primary(core: Core, session: Session, started: float) -> Plan[None]:
     # The primary's position is an upper bound for everything that any node can have shown.
-    position = None if seen is None else seen.bound_position
-    if position is None and (primary := core.cluster.primary) is not None:
+    position = None
+    if (primary := core.cluster.primary) is not None:
         seen = yield AwaitObservation(primary.name, started, core.settings.probe_timeout)
         if seen is not None and not seen.in_recovery:
             position = seen.bound_position

@@ -31,8 +31,10 @@ def inject(
     Raises `ConfigurationError` when neither the call nor the session has a codec.
     """
     session = current_session()
+    # Asked for first: a missing codec shows at the first call, not at the first write.
+    codec = _codec(codec)
     if session.token:
-        carrier[header_name or session.header_name] = _codec(codec).encode(session.token)
+        carrier[header_name or session.header_name] = codec.encode(session.token)
 
 
 def extract(
@@ -52,11 +54,12 @@ def extract(
     Raises `ConfigurationError` when neither the call nor the session has a codec.
     """
     session = current_session()
+    codec = _codec(codec)
     text = _find(carrier, header_name or session.header_name)
     if text is None:
         return _EMPTY
     try:
-        token = _codec(codec).decode(text)
+        token = codec.decode(text)
     except TokenError as error:
         if on_error is not None:
             on_error(error)

@@ -71,11 +71,11 @@ class Router(BaseRouter):
         """
         with self._open_lock:
             self._opened = False
-            monitors, pools = self._monitors, self._pools
-            self._core, self._monitors, self._pools = None, None, {}
+            monitors, self._core, self._monitors = self._monitors, None, None
             if monitors is not None:
                 monitors.stop()
-            for name, pool in pools.items():
+            # The pools stay known: a connection in use goes back to a closed pool, which closes it.
+            for name, pool in self._pools.items():
                 if not self._is_given(name):
                     pool.close()
 
@@ -243,8 +243,9 @@ class Router(BaseRouter):
     def _start(self) -> None:
         core = self._new_core(self._kick)
         pools: dict[str, Any] = {}
-        for name, source in self._sources.items():
-            pools[name] = source if self._is_given(name) else self._new_pool(core, name)
+        for name in self._sources:
+            given = self._is_given(name)
+            pools[name] = self._open_given(name) if given else self._new_pool(core, name)
         events = [threading.Event() for _ in self._sources]
         waiters = [
             core.cluster.wait_for_observation(name, float("-inf"), event.set)
@@ -280,8 +281,7 @@ class Router(BaseRouter):
         super()._after_fork()
         self._monitors = None
         self._open_lock = threading.Lock()
-        if self._opened and any(map(self._is_given, self._sources)):
-            # A pool has threads of its own, which a fork does not copy.
+        if self._given_is_inherited:
             self._opened = False
 
     # Steps
@@ -301,7 +301,7 @@ class Router(BaseRouter):
             return value
 
     def _checkout(self, step: _steps.Checkout) -> Connection:
-        pool = self._pool(step.node)
+        pool: ConnectionPool[Any] = self._pools[step.node]
         timeout = step.timeout
         dead: psycopg.OperationalError | None = None
         while True:
@@ -322,9 +322,13 @@ class Router(BaseRouter):
         if step.discard:
             step.conn.close()
         lost = step.conn.closed and not step.discard
-        self._pool(step.node).putconn(step.conn)
-        if lost:
-            self._running().lost(step.node)
+        try:
+            self._pools[step.node].putconn(step.conn)
+        except ValueError:
+            # The router was closed and opened again in between: this pool is another.
+            step.conn.close()
+        if lost and self._core is not None:
+            self._core.lost(step.node)
 
     def _fetch(self, step: _steps.Fetch) -> _steps.Reply:
         return _wire.fetch(step, self._settings.probe_timeout)
@@ -355,10 +359,6 @@ class Router(BaseRouter):
         core = self._running()
         event = threading.Event()
         _wait(core, core.cluster.wait_for_fallback(event.set), event, step.seconds)
-
-    def _pool(self, name: str) -> ConnectionPool[Any]:
-        pool: ConnectionPool[Any] = self._pools[name]
-        return pool
 
     def _kick(self, name: str) -> None:
         if self._monitors is not None:

@@ -5,7 +5,7 @@ The async router: tasks wait, the plans decide.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Self, TypeVar, Unpack
 
@@ -67,12 +67,12 @@ class AsyncRouter(BaseRouter):
         End the monitors and close the pools that the router made.
         """
         async with self._open_lock:
-            tasks, pools = self._tasks, self._pools
-            self._core, self._tasks, self._monitors, self._pools = None, [], {}, {}
+            tasks, self._core, self._tasks, self._monitors = self._tasks, None, [], {}
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for name, pool in pools.items():
+            # The pools stay known: a connection in use goes back to a closed pool, which closes it.
+            for name, pool in self._pools.items():
                 if not self._is_given(name):
                     await pool.close()
 
@@ -232,8 +232,9 @@ class AsyncRouter(BaseRouter):
     async def _start(self) -> None:
         core = self._new_core(self._kick)
         pools: dict[str, Any] = {}
-        for name, source in self._sources.items():
-            pools[name] = source if self._is_given(name) else self._new_pool(core, name)
+        for name in self._sources:
+            given = self._is_given(name)
+            pools[name] = self._open_given(name) if given else self._new_pool(core, name)
         self._core, self._pools = core, pools
         first = [asyncio.create_task(self._first_observation(core, name)) for name in self._sources]
         for name in self._sources:
@@ -255,6 +256,7 @@ class AsyncRouter(BaseRouter):
         await self._wait(
             core,
             lambda wake: core.cluster.wait_for_observation(name, float("-inf"), wake),
+            (),
             self._settings.open_timeout,
         )
 
@@ -294,7 +296,7 @@ class AsyncRouter(BaseRouter):
             return value
 
     async def _checkout(self, step: _steps.Checkout) -> Connection:
-        pool = self._pool(step.node)
+        pool: AsyncConnectionPool[Any] = self._pools[step.node]
         timeout = step.timeout
         dead: psycopg.OperationalError | None = None
         while True:
@@ -315,9 +317,13 @@ class AsyncRouter(BaseRouter):
         if step.discard:
             await step.conn.close()
         lost = step.conn.closed and not step.discard
-        await self._pool(step.node).putconn(step.conn)
-        if lost:
-            self._running().lost(step.node)
+        try:
+            await self._pools[step.node].putconn(step.conn)
+        except ValueError:
+            # The router was closed and opened again in between: this pool is another.
+            await step.conn.close()
+        if lost and self._core is not None:
+            self._core.lost(step.node)
 
     async def _fetch(self, step: _steps.Fetch) -> _steps.Reply:
         return await _wire.fetch_async(step, self._settings.probe_timeout)
@@ -330,6 +336,7 @@ class AsyncRouter(BaseRouter):
         await self._wait(
             core,
             lambda wake: core.cluster.wait_for_position(step.required, wake),
+            self._sources,
             step.seconds,
         )
 
@@ -341,17 +348,14 @@ class AsyncRouter(BaseRouter):
         waiter = await self._wait(
             core,
             lambda wake: core.cluster.wait_for_observation(step.node, step.after, wake),
+            (step.node,),
             step.seconds,
         )
         return waiter.seen
 
     async def _await_turn(self, step: _steps.AwaitTurn) -> None:
         core = self._running()
-        await self._wait(core, core.cluster.wait_for_fallback, step.seconds)
-
-    def _pool(self, name: str) -> AsyncConnectionPool[Any]:
-        pool: AsyncConnectionPool[Any] = self._pools[name]
-        return pool
+        await self._wait(core, core.cluster.wait_for_fallback, (), step.seconds)
 
     def _kick(self, name: str) -> None:
         if name in self._monitors:
@@ -361,6 +365,7 @@ class AsyncRouter(BaseRouter):
         self,
         core: Core,
         register: Callable[[Callable[[], object]], Waiter],
+        kick: Iterable[str],
         seconds: float,
     ) -> Waiter:
         released = asyncio.get_running_loop().create_future()
@@ -370,8 +375,8 @@ class AsyncRouter(BaseRouter):
                 released.set_result(None)
 
         waiter = register(wake)
-        for monitor in self._monitors.values():
-            monitor.kick()
+        for name in kick:
+            self._kick(name)
         try:
             async with asyncio.timeout(max(0.0, seconds)):
                 await released
