@@ -67,6 +67,7 @@ class Monitor:
             self._close()
 
     async def _pause(self) -> None:
+        loop = asyncio.get_running_loop()
         while (left := self._probed_at + self._interval() - self._core.clock()) > 0:
             self._awake.clear()
             socket = self._watch()
@@ -76,8 +77,8 @@ class Monitor:
             except TimeoutError:
                 return
             finally:
-                if socket is not None:
-                    asyncio.get_running_loop().remove_reader(socket)
+                if socket is not None and not loop.is_closed():
+                    loop.remove_reader(socket)
 
     def _interval(self) -> float:
         retry = self._node.retry_seconds(self._core.poll_seconds, random.random())

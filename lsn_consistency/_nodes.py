@@ -212,7 +212,7 @@ class Cluster:
                 self.primary = None
             return
         highest = max(seen.timeline or 0 for _, seen in candidates)
-        leaders = [(node, seen) for node, seen in candidates if seen.timeline == highest]
+        leaders = [(node, seen) for node, seen in candidates if (seen.timeline or 0) == highest]
         servers = {seen.server for _, seen in leaders}
         if len(servers) > 1:
             names = " and ".join(node.name for node, _ in leaders)

@@ -98,47 +98,48 @@ class PrimarySamples:
     A replica that has replayed the primary's position of 3 s ago lags for at most 3 s. That is
     right for an idle primary, needs no clock but ours, and grows while the replica is cut off.
 
-    Two positions are kept. The insert position covers every commit, but on a quiet primary it can
-    stay ahead of what is flushed, and so of what a standby can have, for as long as 15 s
-    (``LOG_SNAPSHOT_INTERVAL_MS`` in bgwriter.c). The flush position has no such tail and misses
-    only asynchronous commits of the last ``flush_delay_seconds`` (three times
-    ``wal_writer_delay``, PostgreSQL's documentation of ``synchronous_commit``): a replica past it
-    is behind by the sample's age plus that delay.
+    The insert position covers every commit, but on a quiet primary it can stay ahead of what is
+    flushed, and so of what a standby can have, for as long as 15 s (``LOG_SNAPSHOT_INTERVAL_MS``
+    in bgwriter.c). So a second series holds flush positions. They count only when the insert
+    position has stood still for three times ``wal_writer_delay``: an asynchronous commit is
+    flushed within that time (PostgreSQL's documentation of ``synchronous_commit``), so what is
+    not flushed by then is no commit.
     """
 
-    __slots__ = ("_flush_delay", "_flushes", "_inserts", "_origin", "_spacing", "_times")
+    __slots__ = ("_flushes", "_inserts", "_origin", "_still_since")
 
     def __init__(self, spacing_seconds: float) -> None:
-        self._spacing = spacing_seconds
         self._origin: tuple[int, int] | None = None
-        self._flush_delay = 0.0
-        self._times: list[float] = []
-        self._inserts: list[int] = []
-        self._flushes: list[int] = []
+        self._still_since = math.inf
+        self._inserts = _Series(spacing_seconds)
+        self._flushes = _Series(spacing_seconds)
+
+    @property
+    def newest_at(self) -> float:
+        """
+        Return when the newest sample was taken; minus infinity before the first.
+        """
+        return self._inserts.newest_at
 
     def add(self, seen: Observation) -> None:
         """
-        Take an observation of the primary; one without a position is left out.
+        Take an observation of the primary; one without a position, or out of order, is left out.
         """
-        if seen.lsn is None or seen.timeline is None:
-            return
-        if self._times and seen.sent_at <= self._times[-1]:
+        if seen.lsn is None or seen.timeline is None or seen.sent_at <= self.newest_at:
             return
         flush = seen.lsn if seen.flush_lsn is None else seen.flush_lsn
         origin = (seen.server.system_id, seen.timeline)
-        if origin != self._origin or self._went_back(seen.lsn, flush):
+        # A primary that crashed may have lost WAL that was inserted and never flushed.
+        went_back = seen.lsn < self._inserts.newest or flush < self._flushes.newest
+        if origin != self._origin or went_back:
             self._origin = origin
-            self._drop(len(self._times))
-        elif self._replaces_newest(seen.sent_at, seen.lsn, flush):
-            self._times.pop()
-            self._inserts.pop()
-            self._flushes.pop()
-        self._flush_delay = seen.flush_delay_seconds
-        self._times.append(seen.sent_at)
-        self._inserts.append(seen.lsn)
-        self._flushes.append(flush)
-        if len(self._times) > MAX_SAMPLES:
-            self._drop(MAX_SAMPLES // 2)
+            self._inserts.clear()
+            self._flushes.clear()
+        if seen.lsn != self._inserts.newest:
+            self._still_since = seen.sent_at
+        self._inserts.add(seen.sent_at, seen.lsn)
+        if seen.sent_at - self._still_since >= seen.flush_delay_seconds:
+            self._flushes.add(seen.sent_at, flush)
 
     def lag_seconds(self, seen: Observation, now: float) -> float:
         """
@@ -146,39 +147,51 @@ class PrimarySamples:
 
         The age of the observation is part of it.
         """
-        replay = seen.lsn
-        if replay is None or self._origin != (seen.server.system_id, seen.timeline):
+        if seen.lsn is None or self._origin != (seen.server.system_id, seen.timeline):
             return math.inf
-        lag = math.inf
-        index = bisect_right(self._inserts, replay)
-        if index:
-            lag = now - self._times[index - 1]
-        index = bisect_right(self._flushes, replay)
-        if index:
-            lag = min(lag, now - self._times[index - 1] + self._flush_delay)
-        return lag
+        return now - max(self._inserts.time_of(seen.lsn), self._flushes.time_of(seen.lsn))
+
+
+class _Series:
+    """
+    Hold positions that only grow, each with the newest time at which it was seen.
+    """
+
+    __slots__ = ("_lsns", "_spacing", "_times")
+
+    def __init__(self, spacing_seconds: float) -> None:
+        self._spacing = spacing_seconds
+        self._times: list[float] = []
+        self._lsns: list[int] = []
+
+    @property
+    def newest(self) -> int:
+        return self._lsns[-1] if self._lsns else -1
 
     @property
     def newest_at(self) -> float:
-        """
-        Return when the newest sample was taken; minus infinity before the first.
-        """
         return self._times[-1] if self._times else -math.inf
 
-    def _went_back(self, insert: int, flush: int) -> bool:
-        # A primary that crashed may have lost WAL that was inserted and never flushed.
-        return bool(self._times) and (insert < self._inserts[-1] or flush < self._flushes[-1])
-
-    def _replaces_newest(self, sent_at: float, insert: int, flush: int) -> bool:
+    def add(self, time: float, lsn: int) -> None:
         # An idle primary adds no samples, a busy one at most one per spacing. Leaving an older
         # sample out makes a lag look greater, never smaller.
-        if not self._times:
-            return False
-        if (insert, flush) == (self._inserts[-1], self._flushes[-1]):
-            return True
-        return len(self._times) > 1 and self._times[-1] - self._times[-2] < self._spacing
+        crowded = len(self._times) > 1 and self._times[-1] - self._times[-2] < self._spacing
+        if lsn == self.newest or crowded:
+            self._times.pop()
+            self._lsns.pop()
+        self._times.append(time)
+        self._lsns.append(lsn)
+        if len(self._times) > MAX_SAMPLES:
+            del self._times[: MAX_SAMPLES // 2]
+            del self._lsns[: MAX_SAMPLES // 2]
 
-    def _drop(self, count: int) -> None:
-        del self._times[:count]
-        del self._inserts[:count]
-        del self._flushes[:count]
+    def time_of(self, lsn: int) -> float:
+        """
+        Return the newest time at which the position was at most ``lsn``.
+        """
+        index = bisect_right(self._lsns, lsn)
+        return self._times[index - 1] if index else -math.inf
+
+    def clear(self) -> None:
+        self._times.clear()
+        self._lsns.clear()

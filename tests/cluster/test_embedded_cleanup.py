@@ -19,7 +19,7 @@ import pytest
 
 import lsn_consistency
 from lsn_consistency.testing import EmbeddedCluster, find_programs
-from lsn_consistency.testing._reaper import process_table, processes_in, sweep
+from lsn_consistency.testing._reaper import GRACE_SECONDS, process_table, processes_in, sweep
 from lsn_consistency.testing.programs import CACHE_VARIABLE
 
 WAIT_SECONDS = 30.0
@@ -139,13 +139,15 @@ def test_a_killed_process_leaves_nothing(number: signal.Signals, to_group: bool)
 
 
 def test_frozen_servers_of_a_killed_process_are_ended() -> None:
-    """Servers that are held by SIGSTOP do not hold up the cleaning."""
+    """Servers that are held by SIGSTOP do not hold up the cleaning: they are woken to end."""
     freeze = "[node.freeze() for node in pg.nodes.values()]"
     with running(RUNNING.format(extra=freeze)) as (process, folder, _):
         assert {True} == {row.stopped for row in processes_in(folder)}
+        started = time.monotonic()
         process.kill()
         process.wait(WAIT_SECONDS)
         assert eventually(lambda: is_gone(folder))
+        assert time.monotonic() - started < GRACE_SECONDS
 
 
 @pytest.mark.parametrize("step", ["initialising", "starting", "copying", "waiting"])

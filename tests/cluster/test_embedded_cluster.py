@@ -302,6 +302,7 @@ def test_a_promoted_replica_is_a_primary_until_it_is_healed(
 
 def test_healing_undoes_every_fault_at_once(cluster: EmbeddedCluster, replica: Replica) -> None:
     """Whatever was done to the nodes, afterwards they run, stream and have caught up."""
+    copies = [node.datadir.stat().st_ino for node in cluster.nodes.values()]
     other = cluster.replicas["replica_2"]
     replica.apply_delay(3600)
     replica.pause_replay()
@@ -313,6 +314,7 @@ def test_healing_undoes_every_fault_at_once(cluster: EmbeddedCluster, replica: R
     cluster.heal()
     assert [1, 1, 1] == [count(node) for node in cluster.nodes.values()]
     assert ("walreceiver streaming, apply delay 0", False) == (replica.describe(), replica.paused)
+    assert copies == [node.datadir.stat().st_ino for node in cluster.nodes.values()]
 
 
 @pytest.mark.parametrize("fault", ["stop", "crash", "crash_backend"])
