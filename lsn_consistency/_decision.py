@@ -137,13 +137,16 @@ def decide(
     """
     if read.level == Consistency.STRONG or _is_pinned(read, unix_now):
         return _primary(cluster, read, Reason.PRIMARY_REQUIRED)
+    if cluster.conflict is not None and read.level != Consistency.EVENTUAL:
+        # A timeline's number no longer tells which of its two branches a replica follows.
+        return _primary(cluster, read, Reason.NO_REPLICA)
     try:
         required = _required(cluster, read)
     except _Unprovable as unprovable:
         return _primary(cluster, read, unprovable.reason)
     if required is not None and (newer := _newer_timeline(cluster, read, required)):
         return newer
-    return _among_replicas(cluster, read, required, now, random)
+    return _among_replicas(cluster, read, required, (now, unix_now), random)
 
 
 def admits(cluster: Cluster, read: Read, serve: Serve, seen: Observation, now: float) -> bool:
@@ -151,7 +154,7 @@ def admits(cluster: Cluster, read: Read, serve: Serve, seen: Observation, now: f
     Tell whether a connection may serve ``read``, its server having been observed so.
     """
     if serve.primary:
-        return not seen.in_recovery and cluster.system_id in (None, seen.server.system_id)
+        return cluster.is_primary(seen)
     if not seen.in_recovery or not _is_ours(cluster, seen, serve.required):
         return False
     if serve.required is not None and seen.reaches(serve.required) is not True:
@@ -166,6 +169,13 @@ def _is_pinned(read: Read, unix_now: float) -> bool:
         return False
     until = read.token.pin_until
     return until is not None and until > unix_now
+
+
+def _is_past_pin(read: Read, candidate: _Candidate, unix_now: float) -> bool:
+    # A pin stands for a position that could not be taken. Its end lets a replica serve because the
+    # lag is bounded; where it is not, the replica must show a moment after the end.
+    until = read.token.pin_until
+    return until is None or unix_now - candidate.lag_seconds >= until
 
 
 def _required(cluster: Cluster, read: Read) -> Position | None:
@@ -212,9 +222,10 @@ def _among_replicas(
     cluster: Cluster,
     read: Read,
     required: Position | None,
-    now: float,
+    clocks: tuple[float, float],
     random: Callable[[], float],
 ) -> Verdict:
+    now, unix_now = clocks
     eligible: list[_Candidate] = []
     reached: list[_Candidate] = []
     hidden: list[Node] = []
@@ -241,9 +252,11 @@ def _among_replicas(
         return _serve(_balanced(eligible, read.preferred, random), reason, required)
     if hidden:
         return Serve(hidden[0], _reason(required), None, required, ask=True)
-    if _is_unreachable(cluster, read) and reached and read.level.uses_token:
-        chosen = _balanced(_furthest(reached), read.preferred, random)
-        return _serve(chosen, Reason.PRIMARY_DOWN, required)
+    if _is_unreachable(cluster, read) and read.level.uses_token:
+        unpinned = [each for each in reached if _is_past_pin(read, each, unix_now)]
+        if unpinned:
+            chosen = _balanced(_furthest(unpinned), read.preferred, random)
+            return _serve(chosen, Reason.PRIMARY_DOWN, required)
     if not healthy:
         return _primary(cluster, read, Reason.NO_REPLICA)
     if not within and read.waiting_since is None:

@@ -34,6 +34,7 @@ class Node:
 
     __slots__ = (
         "checked_at",
+        "failed_at",
         "failures",
         "in_flight",
         "last_error",
@@ -54,6 +55,7 @@ class Node:
         self.newest: Observation | None = None
         self.servers: dict[tuple[int, str | None, int | None], Observation] = {}
         self.failures = 0
+        self.failed_at = -math.inf
         self.last_error: str | None = None
         self.checked_at: float | None = None
         self.in_flight = 0
@@ -80,25 +82,36 @@ class Node:
         seen = self.servers.get(server.place)
         return seen if seen is not None and seen.server == server else None
 
+    def is_news(self, seen: Observation) -> bool:
+        """
+        Tell whether an observation was sent after the last failure and after what is known.
+        """
+        known = self.servers.get(seen.server.place)
+        return seen.sent_at > self.failed_at and (known is None or seen.sent_at >= known.sent_at)
+
     def take(self, seen: Observation) -> None:
         """
         Replace what was known of the observed server, upwards or downwards.
         """
-        known = self.servers.get(seen.server.place)
-        if known is not None and known.sent_at > seen.sent_at:
-            return
         self.servers[seen.server.place] = seen
         if len(self.servers) > 1:
             self._forget_old(seen.sent_at)
         self.newest = seen
         self.role = "replica" if seen.in_recovery else "primary"
+        self.failures = 0
+        self.last_error = None
+        self.checked_at = seen.received_at
 
-    def forget(self) -> None:
+    def fail(self, error: str, now: float) -> None:
         """
-        Make the node unknown.
+        Make the node unknown until an observation that is sent after ``now``.
         """
         self.newest = None
         self.servers = {}
+        self.failures += 1
+        self.failed_at = now
+        self.last_error = error
+        self.checked_at = now
 
     def retry_seconds(self, poll_interval: float, jitter: float) -> float:
         """
@@ -137,6 +150,7 @@ class Cluster:
         self.samples = PrimarySamples(settings.poll_interval / 4)
         self.positions = PositionQueue()
         self.system_id: int | None = None
+        self.timeline = 0
         self.primary: Node | None = self.nodes[PRIMARY_NAME]
         self.conflict: str | None = None
         self.fallback_reads = 0
@@ -153,11 +167,10 @@ class Cluster:
         """
         node = self.nodes[name]
         with self.lock:
+            if not node.is_news(seen):
+                return []
             events = self._changes(node, seen)
             node.take(seen)
-            node.failures = 0
-            node.last_error = None
-            node.checked_at = seen.received_at
             self._elect()
             if sample and node is self.primary and not seen.in_recovery:
                 self.samples.add(seen)
@@ -174,10 +187,7 @@ class Cluster:
         """
         node = self.nodes[name]
         with self.lock:
-            node.forget()
-            node.failures += 1
-            node.last_error = error
-            node.checked_at = now
+            node.fail(error, now)
             self._elect()
             released = node.waiting.release_all()
         for waiter in released:
@@ -193,35 +203,51 @@ class Cluster:
             events.append(RoleChanged(node.name, node.role, role))
         return events
 
+    def is_primary(self, seen: Observation) -> bool:
+        """
+        Tell whether a server observed so may serve as the primary.
+
+        A former primary that still runs is on a lower timeline than the highest that was elected.
+        """
+        return (
+            not seen.in_recovery
+            and self.system_id in (None, seen.server.system_id)
+            and (seen.timeline or 0) >= self.timeline
+        )
+
     def _elect(self) -> None:
         configured = self.nodes[PRIMARY_NAME].newest
         if configured is not None:
-            self.system_id = configured.server.system_id
+            self._belong_to(configured.server.system_id)
         candidates = [
             (node, node.newest)
             for node in self.all_nodes
-            if node.newest is not None
-            and not node.newest.in_recovery
-            and self.system_id in (None, node.newest.server.system_id)
+            if node.newest is not None and self.is_primary(node.newest)
         ]
+        self.conflict = None
         if not candidates:
             # The last primary stays the one to try while it is unreachable, not while it says
             # that it is none.
-            self.conflict = None
             if self.primary is not None and self.primary.newest is not None:
                 self.primary = None
             return
         highest = max(seen.timeline or 0 for _, seen in candidates)
         leaders = [(node, seen) for node, seen in candidates if (seen.timeline or 0) == highest]
-        servers = {seen.server for _, seen in leaders}
+        # One server may be listed twice, under different addresses.
+        servers = {(seen.server.system_id, seen.server.started) for _, seen in leaders}
         if len(servers) > 1:
             names = " and ".join(node.name for node, _ in leaders)
             self.conflict = f"{names} both say that they are the primary of timeline {highest}"
             self.primary = None
             return
-        self.conflict = None
         self.primary, elected = leaders[0]
-        self.system_id = elected.server.system_id
+        self._belong_to(elected.server.system_id)
+        self.timeline = highest
+
+    def _belong_to(self, system_id: int) -> None:
+        if system_id != self.system_id:
+            self.system_id = system_id
+            self.timeline = 0
 
     # Lag
 

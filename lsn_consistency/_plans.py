@@ -39,7 +39,7 @@ from lsn_consistency.route import Reason, Route
 from lsn_consistency.session import Session
 from lsn_consistency.tokens import Token
 
-MAX_ROUNDS: Final = 64
+MAX_ATTEMPTS: Final = 64
 CONNECTIONS_TRIED: Final = 3
 REFUSALS_BEFORE_EXCLUDED: Final = 2
 RETRY_AFTER_SECONDS: Final = 1.0
@@ -80,36 +80,30 @@ def open_read(core: Core, session: Session, read: Read) -> Plan[Lease]:
 
     Raises a `RoutingError` when nothing may serve it.
     """
-    for _ in range(MAX_ROUNDS):
-        verdict = core.decide(read)
-        if isinstance(verdict, Serve):
-            lease = yield from _serve(core, read, verdict)
-            if lease is not None:
-                _note(core, session, lease.route)
-                return lease
-        else:
-            yield from _prepare(core, read, verdict)
-    raise NoNodeAvailableError({}, f"no node served the read in {MAX_ROUNDS} attempts")
+    for _ in range(MAX_ATTEMPTS):
+        verdict = yield from _verdict(core, read)
+        lease = yield from _serve(core, read, verdict)
+        if lease is not None:
+            _note(core, session, lease.route)
+            return lease
+    raise NoNodeAvailableError({}, f"no node served the read in {MAX_ATTEMPTS} attempts")
 
 
 def choose(core: Core, session: Session, read: Read) -> Plan[Route]:
     """
     Decide where a read goes without taking a connection.
     """
-    for _ in range(MAX_ROUNDS):
-        verdict = core.decide(read)
-        if not isinstance(verdict, Serve):
-            yield from _prepare(core, read, verdict)
-        elif verdict.ask:
-            # Only a connection could tell, and a choice opens none.
-            read.asked.add(verdict.node.name)
-        else:
-            route = _route(read, verdict)
-            if route.reason is Reason.LAG_EXCEEDED:
-                core.warn_lag_exceeded(read)
-            _note(core, session, route)
-            return route
-    raise NoNodeAvailableError({}, f"no node was chosen in {MAX_ROUNDS} attempts")
+    verdict = yield from _verdict(core, read)
+    while verdict.ask:
+        # Only a connection could tell, and a choice opens none. Each node asks once, and once more
+        # after the wait.
+        read.asked.add(verdict.node.name)
+        verdict = yield from _verdict(core, read)
+    route = _route(read, verdict)
+    if route.reason is Reason.LAG_EXCEEDED:
+        core.warn_lag_exceeded(read)
+    _note(core, session, route)
+    return route
 
 
 def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lease]:
@@ -206,7 +200,7 @@ def open_write(core: Core, session: Session) -> Plan[Lease]:
             conn = yield Checkout(primary.name, timeout, core.settings.connect_timeout)
             try:
                 facts, seen = yield from _look(core, None, serve, conn)
-                if not seen.in_recovery:
+                if core.cluster.is_primary(seen):
                     yield from _make_writable(conn, facts)
                     route = Route(primary.name, "primary", Reason.PRIMARY_REQUIRED)
                     level = effective(None, core.settings.consistency)
@@ -378,7 +372,7 @@ def _look(
         yield Fetch(conn, _sql.BEGIN_READ_COMMITTED)
     known = core.usable(facts, core.clock())
     if known is not None:
-        good = not known.in_recovery if read is None else core.admits(read, serve, known)
+        good = core.cluster.is_primary(known) if read is None else core.admits(read, serve, known)
         if good:
             return facts, known
     seen = yield from observe(conn, facts.identity)
@@ -391,7 +385,8 @@ def _make_read_only(core: Core, conn: Any, facts: Facts) -> Plan[None]:
         # The transaction that the check opened is read-only already.
         return
     if not conn.autocommit:
-        facts.changed, facts.own_read_only = True, conn.read_only
+        if not facts.changed:
+            facts.changed, facts.own_read_only = True, conn.read_only
         yield SetReadOnly(conn, True)
     elif not facts.read_only and not (facts.in_recovery and core.is_given(facts.node)):
         yield Fetch(conn, _sql.READ_ONLY)
@@ -399,6 +394,9 @@ def _make_read_only(core: Core, conn: Any, facts: Facts) -> Plan[None]:
 
 
 def _make_writable(conn: Any, facts: Facts) -> Plan[None]:
+    if facts.changed:
+        yield SetReadOnly(conn, facts.own_read_only)
+        facts.changed = False
     if facts.read_only:
         yield Fetch(conn, _sql.READ_WRITE)
         facts.read_only = False
@@ -408,20 +406,29 @@ def _restore(core: Core, conn: Any, facts: Facts) -> Plan[None]:
     if conn.closed:
         return
     if facts.changed:
-        facts.changed = False
         yield SetReadOnly(conn, facts.own_read_only)
+        facts.changed = False
     if core.is_given(facts.node):
         # Its owner takes connections of this pool too.
         yield from _make_writable(conn, facts)
 
 
-def _prepare(core: Core, read: Read, verdict: Wait | Refresh | Fail) -> Plan[None]:
-    if isinstance(verdict, Fail):
-        raise verdict.error from read.primary_error
-    if isinstance(verdict, Refresh):
-        read.refreshed = True
-        yield from _look_again(core, verdict.names)
-        return
+def _verdict(core: Core, read: Read) -> Plan[Serve]:
+    # The loop ends: there is one refresh a read, and waits end with their time.
+    while True:
+        verdict = core.decide(read)
+        if isinstance(verdict, Serve):
+            return verdict
+        if isinstance(verdict, Fail):
+            raise verdict.error from read.primary_error
+        if isinstance(verdict, Refresh):
+            read.refreshed = True
+            yield from _look_again(core, verdict.names)
+        else:
+            yield from _await(core, read, verdict)
+
+
+def _await(core: Core, read: Read, verdict: Wait) -> Plan[None]:
     if read.waiting_since is None:
         read.waiting_since = core.clock()
     ends = read.waiting_since + read.wait_seconds

@@ -58,7 +58,8 @@ class Consistency:
         Promise the primary for ``seconds`` after a write of the session, then any healthy replica.
 
         It reads no LSN, so it also works where the server hides its WAL functions; it is stale
-        whenever a replica lags for longer than ``seconds``.
+        whenever a replica lags for longer than ``seconds``. The level must be in force for the
+        write too, which is what starts the time: set it for the router, or for a block around both.
 
         Raises `ConfigurationError` unless ``seconds`` is a positive, finite number.
         """

@@ -229,6 +229,13 @@ def test_the_cookies_that_came_in_are_deleted(router: FakeRouter) -> None:
     assert len(stored(response)) == 1
 
 
+def test_a_name_that_came_in_twice_is_deleted_once(router: FakeRouter) -> None:
+    """Cookies of one name, as two paths can leave them, cost one line."""
+    headers = {"cookie": f"consistency_token={signed(1)}; consistency_token={signed(2)}"}
+    response = fetch(wrap(shop(router), router), "POST", "/order", headers=headers)
+    assert deleted(response) == ["consistency_token"]
+
+
 def test_an_empty_cookie_is_no_token(router: FakeRouter) -> None:
     """A cookie without a value is not reported as a bad token, and is cleared away."""
     app = wrap(shop(router), router)
@@ -475,7 +482,10 @@ def test_the_token_header_is_set_once(router: FakeRouter) -> None:
     assert response.headers["x-other"] == "1"
 
 
-def test_a_response_object_that_is_used_again_leaks_no_token(router: FakeRouter) -> None:
+@pytest.mark.parametrize("header_name", [HEADER, None])
+def test_a_response_object_that_is_used_again_leaks_no_token(
+    router: FakeRouter, header_name: str | None
+) -> None:
     """The headers of the application's own response object stay as they are."""
     response = PlainTextResponse("made once")
 
@@ -484,7 +494,7 @@ def test_a_response_object_that_is_used_again_leaks_no_token(router: FakeRouter)
             router.write()
         await response(scope, receive, send)
 
-    wrapped = wrap(app, router)
+    wrapped = wrap(app, router, header_name=header_name)
     assert stored(fetch(wrapped, "POST")) != []
     second = fetch(wrapped)
     assert stored(second) == []

@@ -304,6 +304,20 @@ def test_every_message_passes_in_order(router: FakeRouter) -> None:
     assert messages[1]["headers"] == []
 
 
+def test_a_second_start_is_the_applications_own_mistake(router: FakeRouter) -> None:
+    """Only the first start is completed; what follows goes to the server as it is."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await plain(send)
+        router.write()
+        await plain(send, status=500)
+
+    sent = asyncio.run(Exchange(wrap(app, router))(method="POST"))
+    assert sent[2] == {"type": "http.response.start", "status": 500, "headers": []}
+    assert router.captures == 1
+    assert router.not_sent == [TokenNotSent(token_at(1001))]
+
+
 def test_an_untouched_request_sends_the_very_messages_of_the_application(
     router: FakeRouter,
 ) -> None:

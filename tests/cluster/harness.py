@@ -120,7 +120,7 @@ class App:
     def __init__(
         self,
         kind: Kind,
-        router: Router | AsyncRouter,
+        router: Router | AsyncRouter | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
         events: list[Event] | None = None,
     ) -> None:
@@ -239,17 +239,16 @@ class App:
         """
         Call `router.run_read` with a function that takes a `Connection`.
         """
-        if self.kind == "blocking":
-            result: _Result = self.router.run_read(
-                lambda raw: function(Connection(self, raw)), consistency=consistency
-            )
-            return result
+
+        def blocking(raw: Any) -> _Result:
+            return function(Connection(self, raw))
 
         async def in_a_thread(raw: Any) -> _Result:
             # The function blocks on this loop, so it runs beside it.
-            return await asyncio.to_thread(function, Connection(self, raw))
+            return await asyncio.to_thread(blocking, raw)
 
-        result = self.call(self.router.run_read(in_a_thread, consistency=consistency))
+        passed = blocking if self.kind == "blocking" else in_a_thread
+        result: _Result = self.call(self.router.run_read(passed, consistency=consistency))
         return result
 
     def choose(self, token: Token | None = None, **options: Any) -> Route:

@@ -180,6 +180,18 @@ def test_a_block_may_end_in_another_context_than_it_began_in() -> None:
     assert level() == CAUSAL
 
 
+def test_blocks_that_end_out_of_order_leave_nothing_behind() -> None:
+    """An outer block that ends first takes the inner one with it."""
+    with consistency(EVENTUAL):
+        first, second = consistency(STRONG), consistency(Consistency.bounded(1))
+        first.__enter__()
+        second.__enter__()
+        first.__exit__()
+        assert level() == EVENTUAL
+        second.__exit__()
+        assert level() == EVENTUAL
+
+
 def test_a_function_is_decorated() -> None:
     """Every call of the function runs at the level, and nothing else of it changes."""
 

@@ -1,0 +1,3 @@
+"""
+Small applications that use lsn_consistency; each is run by a test.
+"""
