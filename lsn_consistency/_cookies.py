@@ -3,9 +3,9 @@ The cookies that carry tokens: their names, how they are read, how they are writ
 
 A browser keeps the cookie that arrives last. Were there one name, the earlier of two overlapping
 writes could replace the later's position if it is answered last. So every response that carries a
-token writes a name of its own, and deletes the cookies that came with its request, whose positions
-its token includes. In whatever order responses arrive, none takes away a position that it does not
-bring.
+token writes it under a name made from the token's content, and deletes the cookies that came with
+its request, whose positions its token includes. In whatever order responses arrive, none takes away
+a position that it does not bring, and equal tokens take one place in the browser's jar.
 
 Pure text: this module knows no session, no request and no server.
 """
@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import math
 import re
-import secrets
+from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Iterator
+from hashlib import blake2b
 from typing import Any, Literal, get_args
 
 from lsn_consistency.exceptions import ConfigurationError
 
 SameSite = Literal["lax", "strict", "none"]
 
-_SUFFIX_BYTES = 6
-"""Random bytes in a cookie's name: 8 URL-safe characters."""
+_SUFFIX_BYTES = 9
+"""Bytes of the content's digest in a cookie's name: 12 URL-safe characters."""
 
 # RFC 9110, section 5.6.2: what a header's or a cookie's name may consist of.
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -85,11 +86,12 @@ class TokenCookies:
         """
         secure = https if self._https_only is None else self._https_only
         attributes = f"{self._attributes}; Secure" if secure else self._attributes
+        written = None if text is None else f"{self._name}-{_digest(text)}"
         for name in dict.fromkeys(replaced):
-            yield _set_cookie(f"{name}=; Max-Age=0{attributes}")
-        if text is not None:
-            name = f"{self._name}-{secrets.token_urlsafe(_SUFFIX_BYTES)}"
-            yield _set_cookie(f"{name}={text}; Max-Age={self._max_age}{attributes}")
+            if name != written:
+                yield _set_cookie(f"{name}=; Max-Age=0{attributes}")
+        if written is not None:
+            yield _set_cookie(f"{written}={text}; Max-Age={self._max_age}{attributes}")
 
 
 def check_name(option: str, name: Any) -> str:
@@ -101,6 +103,12 @@ def check_name(option: str, name: Any) -> str:
             f"{option} takes letters, digits and !#$%&'*+-.^_`|~ as in RFC 9110, not {name!r}"
         )
     return name
+
+
+def _digest(text: str) -> str:
+    # The first part of a token's text is its content; the others are its time and its signature.
+    content = text.partition(".")[0].encode("ascii")
+    return urlsafe_b64encode(blake2b(content, digest_size=_SUFFIX_BYTES).digest()).decode("ascii")
 
 
 def _attributes(path: str, domain: str | None, same_site: SameSite) -> str:

@@ -42,7 +42,7 @@ from tests.asgi.fake_router import (
     wrap,
 )
 
-COOKIE_NAME = re.compile(r"consistency_token-[A-Za-z0-9_-]{8}")
+COOKIE_NAME = re.compile(r"consistency_token-[A-Za-z0-9_-]{12}")
 
 
 @pytest.fixture
@@ -210,12 +210,31 @@ def test_what_came_in_is_part_of_what_goes_out(router: FakeRouter) -> None:
     assert lsn_of(response.headers[HEADER]) == int(response.text)
 
 
-def test_each_cookie_has_a_name_of_its_own(router: FakeRouter) -> None:
-    """No two responses write the same cookie."""
+def test_each_position_has_a_cookie_of_its_own(router: FakeRouter) -> None:
+    """Responses with different tokens never write the same cookie."""
     app = wrap(shop(router), router)
     names = {stored(fetch(app, "POST", "/order"))[0].partition("=")[0] for _ in range(20)}
     assert len(names) == 20
     assert all(COOKIE_NAME.fullmatch(name) for name in names)
+
+
+def test_equal_tokens_share_a_cookie(router: FakeRouter) -> None:
+    """Parallel reads that saw the same position take one place in the browser's jar."""
+    app = wrap(shop(router), router)
+    names = {stored(fetch(app, path="/orders?causal"))[0].partition("=")[0] for _ in range(20)}
+    assert len(names) == 1
+
+
+def test_a_token_that_is_merged_into_itself_is_not_deleted(router: FakeRouter) -> None:
+    """A compaction whose result equals one of the tokens that came in keeps that cookie."""
+    app = wrap(shop(router), router)
+    name = stored(fetch(app, path="/orders?causal"))[0].partition("=")[0]
+    older = "; ".join(f"consistency_token-{n}={signed(n)}" for n in range(1, 4))
+    cookie = f"{name}={signed(router.lsn)}; {older}"
+    response = fetch(app, path="/about", headers={"cookie": cookie})
+    assert stored(response)[0].partition("=")[0] == name
+    assert name not in deleted(response)
+    assert len(deleted(response)) == 3
 
 
 def test_the_cookies_that_came_in_are_deleted(router: FakeRouter) -> None:
@@ -318,21 +337,19 @@ def test_many_cookies_become_one(router: FakeRouter, count: int) -> None:
 
 
 def test_a_burst_of_cookies_shrinks_to_one(router: FakeRouter) -> None:
-    """Twenty overlapping reads leave twenty cookies; the next response leaves one."""
+    """Twenty overlapping writes leave twenty cookies; the next response leaves one."""
     app = wrap(shop(router), router, header_name=None)
 
     async def browser() -> tuple[int, int, str]:
         async with client(app) as http:
-            responses = await asyncio.gather(
-                *(request(app, path="/orders?causal") for _ in range(20))
-            )
+            responses = await asyncio.gather(*(request(app, "POST", "/order") for _ in range(20)))
             for response in responses:
                 http.cookies.extract_cookies(response)
             before = len(http.cookies)
             await http.get("/about")
             return before, len(http.cookies), (await http.get("/orders")).text
 
-    assert asyncio.run(browser()) == (20, 1, "1000")
+    assert asyncio.run(browser()) == (20, 1, "1020")
 
 
 def test_many_rejected_cookies_are_deleted_without_a_token(router: FakeRouter) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from lsn_consistency import Lsn
 from lsn_consistency.testing import EmbeddedCluster, Replica
-from tests.cluster.harness import App, Kind, open_router, wait_until
+from tests.cluster.harness import App, Connection, Kind, open_router, wait_until
 
 Crash = Literal["server", "backend"]
 
@@ -33,7 +33,7 @@ SETTINGS = {
     # Neither may write behind the tests' back.
     "autovacuum": "off",
 }
-LOAD_ROWS = 350_000
+LOAD_ROWS = 1_000_000
 CLIENTS = 3
 
 
@@ -173,21 +173,26 @@ def test_a_token_is_not_believed_on_a_connection_made_before_the_crash(
     """What the monitor saw before a crash serves nobody after it, even for a token long reached."""
     replica = crashing.replicas["replica_1"]
     counts: list[tuple[int, int]] = []
+    watch = Watch()
     with open_router(kind, crashing, wait_seconds=0.0, poll_interval=0.5) as app:
         app.write("INSERT INTO items VALUES (%s)", [_next_row(crashing)])
         rows = crashing.primary.value("SELECT count(*) FROM items")
         token = app.token()
         crashing.wait_caught_up()
         app.choose(token, timeout=5.0)
-        replica.crash()
-        replica.start()
-        while not counts or counts[-1][1] != replica.port:
-            with app.session(token):
-                counts.append(
-                    app.run_read(lambda conn: (conn.value("SELECT count(*) FROM items"), conn.port))
-                )
-            assert len(counts) < 20_000
+        with watch.watching(replica):
+            replica.crash()
+            replica.start()
+            while not counts or counts[-1][1] != replica.port:
+                with app.session(token):
+                    counts.append(app.run_read(_count_and_port))
+                assert len(counts) < 20_000
     assert {rows} == {count for count, _ in counts}
+    assert min(watch.positions)[1] < rows
+
+
+def _count_and_port(conn: Connection) -> tuple[int, int]:
+    return conn.value("SELECT count(*) FROM items"), conn.port
 
 
 def _crash(replica: Replica, crash: Crash) -> None:

@@ -127,8 +127,16 @@ def is_gone(folder: Path) -> bool:
     return not named and not processes_in(folder) and not folder.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("to_group", [False, True], ids=["process", "group"])
+@pytest.mark.parametrize(
+    ("number", "to_group"),
+    [
+        (signal.SIGKILL, False),
+        (signal.SIGKILL, True),
+        (signal.SIGTERM, False),
+        (signal.SIGHUP, True),
+        (signal.SIGINT, True),
+    ],
+)
 def test_a_killed_process_leaves_nothing(number: signal.Signals, to_group: bool) -> None:
     """No server and no folder outlives the test process, whichever signal ends it."""
     with running(RUNNING.format(extra="")) as (process, folder, _):

@@ -95,14 +95,12 @@ def test_the_variable_can_be_switched_off(
     machine.runpytest_subprocess(*LOAD_PLUGIN).assert_outcomes(skipped=2)
 
 
-@pytest.mark.parametrize("how", ["option", "ini", "variable"])
+@pytest.mark.parametrize("how", ["option", "variable"])
 def test_a_folder_without_programs_is_an_error(
     machine: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """Who names a folder is not left with skipped tests if it is the wrong one."""
     folder = str(machine.path)
-    if how == "ini":
-        machine.makeini(f"[pytest]\nlsn_bindir = {folder}\n")
     if how == "variable":
         monkeypatch.setenv(BINDIR_VARIABLE, folder)
     options = [f"--lsn-bindir={folder}"] if how == "option" else []

@@ -1,0 +1,556 @@
+"""
+A PostgreSQL cluster without PostgreSQL: servers that know the truth, and a driver for the plans.
+
+`Server` keeps what really is visible on it. `Simulation` carries out the steps of the plans as the
+routers do, on a clock of its own, one step at a time and in any order. Rows go through the package's
+own reading of rows, so what a plan learns is what a server would have said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Final, NamedTuple
+
+from lsn_consistency import _plans, _sql
+from lsn_consistency._core import Core
+from lsn_consistency._observation import Observation
+from lsn_consistency._settings import Settings
+from lsn_consistency._sql import Identity, Row
+from lsn_consistency._steps import (
+    AwaitObservation,
+    AwaitPosition,
+    AwaitTurn,
+    Checkout,
+    Fetch,
+    NodeFailure,
+    Plan,
+    Reply,
+    Return,
+    SetReadOnly,
+    identify,
+    observe,
+)
+from lsn_consistency._waiters import Waiter
+from lsn_consistency.events import Event
+from lsn_consistency.lsn import Lsn
+
+SYSTEM: Final = 7_000_000_000_000_000_007
+UNIX_EPOCH: Final = 1_700_000_000.0
+UNIT: Final = 64
+BLOCK: Final = 1024
+SEGMENT: Final = 1024**2
+FLUSH_DELAY: Final = 0.6
+TICK: Final = 1e-6
+
+
+class Commit(NamedTuple):
+    """Hold one transaction: where its commit record ends, and when it became visible."""
+
+    timeline: int
+    end: int
+    at: float
+
+
+class Log:
+    """
+    Hold the WAL of one timeline, its ancestors' part included.
+
+    ``insert`` and ``flush`` are the ends of records; what is not flushed is lost in a crash.
+    """
+
+    def __init__(self, timeline: int, start: int, commits: Iterable[Commit] = ()) -> None:
+        self.timeline = timeline
+        self.start = start
+        self.insert = self.flush = start
+        self.commits = list(commits)
+        self.lost: set[Commit] = set()
+
+    def write(self) -> None:
+        self.insert += UNIT
+
+    def commit(self, now: float, *, asynchronous: bool) -> Commit:
+        self.write()
+        commit = Commit(self.timeline, self.insert, now)
+        self.commits.append(commit)
+        if not asynchronous:
+            self.flush = self.insert
+        return commit
+
+    def flush_due(self, now: float) -> None:
+        for commit in reversed(self.commits):
+            if commit.end <= self.flush:
+                return
+            if commit.at + FLUSH_DELAY <= now:
+                self.flush = commit.end
+                return
+
+    def crash(self) -> None:
+        self.lost.update(commit for commit in self.commits if commit.end > self.flush)
+        self.commits = [commit for commit in self.commits if commit.end <= self.flush]
+        self.insert = self.flush
+
+    def fork(self, timeline: int, at: int) -> Log:
+        log = Log(timeline, at, (commit for commit in self.commits if commit.end <= at))
+        log.lost |= self.lost
+        # The end-of-recovery record.
+        log.write()
+        log.flush = log.insert
+        return log
+
+
+class Server:
+    """
+    Be one PostgreSQL server; ``life`` counts how often all of its connections died.
+    """
+
+    def __init__(self, name: str, log: Log, *, primary: bool = False, system: int = SYSTEM) -> None:
+        self.name = name
+        self.log = log
+        self.is_primary = primary
+        self.system = system
+        self.replay = self.receive = log.start
+        self.paused = False
+        self.streaming = True
+        self.applying = False
+        self.frozen = False
+        self.alive = True
+        self.timeline_known = True
+        self.wal_functions = True
+        self.started = 1
+        self.life = 1
+
+    @property
+    def shown(self) -> int:
+        """Return the end of what a statement on this server can see."""
+        if self.is_primary:
+            return self.log.insert
+        if self.applying and not self.paused:
+            # A commit is visible a moment before the replay position covers it.
+            later = [c.end for c in self.log.commits if self.replay < c.end <= self.receive]
+            return min(later, default=self.replay)
+        return self.replay
+
+    def visible(self) -> list[Commit]:
+        return [commit for commit in self.log.commits if commit.end <= self.shown]
+
+    def staleness(self, now: float) -> float:
+        """Return the age of the oldest commit of this server's timeline that it does not show."""
+        missing = [commit.at for commit in self.log.commits if commit.end > self.shown]
+        return now - min(missing) if missing else 0.0
+
+    def replicate(self, received: float, replayed: float) -> None:
+        """Receive and replay a share of what there is."""
+        if self.is_primary or not self.alive:
+            return
+        if self.streaming:
+            self.receive += _share(max(0, self.log.flush - self.receive), received)
+        if not self.paused:
+            self.replay += _share(max(0, self.receive - self.replay), replayed)
+
+    def crash(self, share: float, *, postmaster: bool = True) -> None:
+        """Die and come back: a primary without what was not flushed, a standby in the past."""
+        self.life += 1
+        self.started += postmaster
+        self.frozen = False
+        if self.is_primary:
+            self.log.crash()
+            return
+        self.replay -= _share(max(0, self.replay - self.log.start), share)
+        self.receive = max(self.replay - 4 * UNIT, 0)
+
+    def stop(self) -> None:
+        self.life += 1
+        self.started += 1
+        self.alive = False
+        if self.is_primary:
+            self.log.crash()
+
+    def promote(self, timeline: int) -> None:
+        self.log = self.log.fork(timeline, self.replay)
+        self.is_primary = True
+
+    def follow(self, log: Log) -> None:
+        """Stream from ``log``; a server that went past the fork is rewound, which restarts it."""
+        self.life += 1
+        self.started += 1
+        reached = self.log.flush if self.is_primary else max(self.replay, self.receive)
+        place = min(reached, log.start)
+        self.log, self.is_primary, self.alive = log, False, True
+        self.replay = self.receive = place
+
+    def probe_row(self, pid: int) -> Row:
+        recovery = not self.is_primary
+        timeline = str(self.log.timeline) if self.timeline_known else None
+        return (
+            str(pid),
+            "t" if recovery else "f",
+            ("paused" if self.paused else "not paused") if recovery else None,
+            str(Lsn(self.replay)) if recovery else str(_raw_insert(self.log.insert)),
+            str(Lsn(self.receive)) if recovery else str(Lsn(self.log.flush)),
+            timeline,
+            "t" if recovery and self.streaming else "f",
+            "f",
+            None,
+        )
+
+    def identity_row(self) -> Row:
+        return (
+            str(self.system),
+            self.name,
+            "5432",
+            str(self.started),
+            str(BLOCK),
+            str(SEGMENT),
+            str(FLUSH_DELAY / 3),
+        )
+
+
+def _share(length: int, share: float) -> int:
+    return round(length / UNIT * share) * UNIT
+
+
+def _raw_insert(lsn: int) -> Lsn:
+    # At the end of a page the server reports the place after the next page's header.
+    if lsn % BLOCK:
+        return Lsn(lsn)
+    return Lsn(lsn + (40 if lsn % SEGMENT == 0 else 24))
+
+
+class Connection:
+    """
+    Be a psycopg connection as far as the plans look at one.
+
+    Behind a pooler it outlives its server, and each transaction may reach another.
+    """
+
+    _pids = 0
+
+    def __init__(self, server: Server, endpoint: Endpoint) -> None:
+        Connection._pids += 1
+        self.pid = Connection._pids
+        self.endpoint = endpoint
+        self.server = server
+        self.life = server.life
+        self.closed = False
+        self.autocommit = endpoint.autocommit
+        self.read_only: bool | None = endpoint.own_read_only
+        self.session_read_only = False
+        self.in_transaction = False
+
+    @property
+    def is_alive(self) -> bool:
+        if self.closed:
+            return False
+        if self.endpoint.pooled and not self.in_transaction:
+            return any(server.alive for server in self.endpoint.servers)
+        return self.server.alive and self.server.life == self.life
+
+    def reroute(self, chance: Random) -> None:
+        if self.endpoint.pooled and not self.in_transaction:
+            self.server = chance.choice([s for s in self.endpoint.servers if s.alive])
+            self.life = self.server.life
+
+    def run(self, statement: bytes) -> Row:
+        server = self.server
+        pid = self.pid + 1_000_000 if self.endpoint.pooled else self.pid
+        if statement in (_sql.PROBE, _sql.IDENTIFY) and not server.wal_functions:
+            raise NodeFailure(PermissionError("permission denied"), state="42501")
+        if statement == _sql.PROBE:
+            return server.probe_row(pid)
+        if statement == _sql.IDENTIFY:
+            return [*server.probe_row(pid), *server.identity_row()]
+        if statement == _sql.IDENTIFY_WITHOUT_WAL:
+            recovery = "f" if server.is_primary else "t"
+            known = (str(pid), recovery, None, None, None, None, "f", "f", None)
+            return (*known, "0", *server.identity_row()[1:4], "8192", "16777216", "0")
+        if statement == _sql.BEGIN_READ_COMMITTED:
+            self.in_transaction = True
+        elif statement == _sql.READ_ONLY:
+            self.session_read_only = True
+        elif statement == _sql.READ_WRITE:
+            self.session_read_only = False
+        else:
+            raise AssertionError(f"an unknown statement: {statement!r}")
+        return ()
+
+    @property
+    def only_reads(self) -> bool:
+        return bool(
+            self.session_read_only
+            or self.in_transaction
+            or (self.read_only and not self.autocommit)
+            or not self.server.is_primary
+        )
+
+
+@dataclass(eq=False)
+class Endpoint:
+    """
+    Be what a conninfo leads to: a server, several, or a pooler before them; and its pool.
+    """
+
+    name: str
+    servers: list[Server]
+    pooled: bool = False
+    given: bool = False
+    autocommit: bool = False
+    own_read_only: bool | None = None
+    full: bool = False
+    idle: list[Connection] = field(default_factory=list)
+    out: set[Connection] = field(default_factory=set)
+    monitor: Connection | None = None
+    identity: Identity | None = None
+
+    def connect(self, chance: Random) -> Connection:
+        alive = [server for server in self.servers if server.alive and not server.frozen]
+        if not alive:
+            raise NodeFailure(ConnectionError(f"{self.name} refuses"))
+        return Connection(chance.choice(alive), self)
+
+
+class Simulation:
+    """
+    Carry out plans on endpoints, as a router does.
+    """
+
+    def __init__(self, endpoints: Iterable[Endpoint], **options: Any) -> None:
+        self.endpoints = {each.name: each for each in endpoints}
+        self.now = 1000.0
+        self.events: list[Event] = []
+        self.warnings: list[str] = []
+        self.kicked: list[str] = []
+        self.core = Core(
+            self.endpoints,
+            Settings.of(options),
+            given=[each.name for each in self.endpoints.values() if each.given],
+            clock=lambda: self.now,
+            unix_clock=lambda: UNIX_EPOCH + self.now,
+            emit=self.events.append,
+            kick=self.kicked.append,
+            warn=self.warnings.append,
+        )
+
+    @property
+    def servers(self) -> list[Server]:
+        found = {server.name: server for each in self.endpoints.values() for server in each.servers}
+        return list(found.values())
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        for server in self.servers:
+            if server.is_primary and server.alive:
+                server.log.flush_due(self.now)
+
+    def probe(self, name: str, chance: Random) -> None:
+        """Do what the monitor of a node does at its turn, at once."""
+        endpoint = self.endpoints[name]
+        try:
+            conn = endpoint.monitor
+            if conn is None or not conn.is_alive:
+                broken, endpoint.monitor, endpoint.identity = conn is not None, None, None
+                if broken:
+                    raise NodeFailure(ConnectionError("the server closed the connection"))
+                endpoint.monitor = conn = endpoint.connect(chance)
+            if endpoint.identity is None:
+                endpoint.identity, seen = self.fetch_all(identify(conn), chance)
+            else:
+                seen = self.fetch_all(observe(conn, endpoint.identity), chance)
+        except NodeFailure as failure:
+            endpoint.monitor = endpoint.identity = None
+            self.core.failed(name, failure.cause)
+        else:
+            self.core.observed(name, seen, sample=True)
+
+    def probe_all(self, chance: Random) -> None:
+        for name in self.endpoints:
+            self.probe(name, chance)
+
+    def fetch_all(self, plan: Plan[Any], chance: Random) -> Any:
+        """Carry out a plan of fetches at once."""
+        try:
+            step = next(plan)
+            while True:
+                assert isinstance(step, Fetch)
+                try:
+                    reply = self.answer(step, chance)
+                except NodeFailure as failure:
+                    step = plan.throw(failure)
+                else:
+                    step = plan.send(reply._replace(received_at=self.now))
+        except StopIteration as done:
+            return done.value
+
+    def answer(self, step: Fetch, chance: Random) -> Reply:
+        """Have a server answer a statement; the answer still has to arrive."""
+        conn = step.conn
+        self.pass_time(TICK)
+        sent_at = self.now
+        if not conn.is_alive or conn.server.frozen:
+            conn.closed = True
+            raise NodeFailure(ConnectionError("the connection is lost"))
+        conn.reroute(chance)
+        self.pass_time(TICK)
+        return Reply(conn.run(step.statement), conn.pid, sent_at, self.now)
+
+    def checkout(self, step: Checkout, chance: Random) -> Connection:
+        endpoint = self.endpoints[step.node]
+        if endpoint.full:
+            raise NodeFailure(TimeoutError("the pool is full"), down=False)
+        endpoint.idle = [conn for conn in endpoint.idle if conn.is_alive]
+        self.pass_time(TICK)
+        if endpoint.idle and chance.random() < 0.8:
+            conn = endpoint.idle.pop(chance.randrange(len(endpoint.idle)))
+        else:
+            conn = endpoint.connect(chance)
+            if not endpoint.given:
+                self.fetch_all(_plans.meet(self.core, step.node, conn), chance)
+        endpoint.out.add(conn)
+        return conn
+
+    def give_back(self, step: Return) -> None:
+        endpoint = self.endpoints[step.node]
+        assert step.conn in endpoint.out, "a connection is returned that is not in use"
+        endpoint.out.remove(step.conn)
+        step.conn.in_transaction = False
+        if step.discard:
+            step.conn.closed = True
+        elif step.conn.closed:
+            self.core.lost(step.node)
+        else:
+            endpoint.idle.append(step.conn)
+
+    def register(
+        self, step: AwaitPosition | AwaitObservation | AwaitTurn, wake: Callable[[], object]
+    ) -> Waiter:
+        cluster = self.core.cluster
+        if isinstance(step, AwaitPosition):
+            return cluster.wait_for_position(step.required, wake)
+        if isinstance(step, AwaitObservation):
+            return cluster.wait_for_observation(step.node, step.after, wake)
+        return cluster.wait_for_fallback(wake)
+
+    def check_idle(self) -> None:
+        """Hold that nothing is left over when nobody does anything."""
+        cluster = self.core.cluster
+        assert {name: set() for name in self.endpoints} == {
+            name: each.out for name, each in self.endpoints.items()
+        }
+        assert {name: 0 for name in self.endpoints} == {
+            name: node.in_flight for name, node in cluster.nodes.items()
+        }
+        assert cluster.fallback_reads == 0
+        assert len(cluster.positions) == 0
+        assert len(cluster.fallback_turns) == 0
+        assert [0 for _ in cluster.all_nodes] == [len(node.waiting) for node in cluster.all_nodes]
+        for endpoint in self.endpoints.values():
+            for conn in endpoint.idle:
+                assert conn.read_only == endpoint.own_read_only
+                assert not (endpoint.given and conn.session_read_only)
+
+
+class Operation:
+    """
+    Run one plan, a step or half a step at a time.
+    """
+
+    def __init__(self, simulation: Simulation, plan: Plan[Any]) -> None:
+        self.simulation = simulation
+        self.plan = plan
+        self.step: Any = None
+        self.reply: Reply | None = None
+        self.waiter: Waiter | None = None
+        self.ends = 0.0
+        self.steps = 0
+        self.done = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._go(lambda: next(plan))
+
+    def _go(self, move: Callable[[], Any]) -> None:
+        self.reply = self.waiter = None
+        try:
+            self.step = move()
+            self.steps += 1
+        except StopIteration as finished:
+            self.done, self.result = True, finished.value
+        except BaseException as error:
+            self.done, self.error = True, error
+
+    def advance(self, chance: Random) -> None:
+        """Do the next thing that the plan asks for, or wait on for a moment."""
+        simulation = self.simulation
+        step = self.step
+        try:
+            if isinstance(step, Fetch) and self.reply is None:
+                self.reply = simulation.answer(step, chance)
+                return
+            result = self._do(step, chance)
+        except NodeFailure as failure:
+            error = failure
+            self._go(lambda: self.plan.throw(error))
+            return
+        if result is not _PENDING:
+            self._go(lambda: self.plan.send(result))
+
+    def _do(self, step: Any, chance: Random) -> Any:
+        simulation = self.simulation
+        if isinstance(step, Fetch):
+            assert self.reply is not None
+            simulation.pass_time(TICK)
+            return self.reply._replace(received_at=simulation.now)
+        if isinstance(step, Checkout):
+            return simulation.checkout(step, chance)
+        if isinstance(step, Return):
+            return simulation.give_back(step)
+        if isinstance(step, SetReadOnly):
+            step.conn.read_only = step.value
+            return None
+        return self._wait(step, chance)
+
+    def _wait(self, step: Any, chance: Random) -> Any:
+        simulation = self.simulation
+        if self.waiter is None:
+            if isinstance(step, AwaitObservation):
+                known = simulation.core.cluster.nodes[step.node].newest
+                if known is not None and known.sent_at >= step.after:
+                    return known
+            self.waiter = simulation.register(step, lambda: None)
+            self.ends = simulation.now + step.seconds
+            return _PENDING
+        if self.waiter.active and simulation.now < self.ends:
+            simulation.pass_time(min(0.02, self.ends - simulation.now + TICK))
+            for name in simulation.endpoints if isinstance(step, AwaitPosition) else ():
+                simulation.probe(name, chance)
+            if isinstance(step, AwaitObservation) and chance.random() < 0.5:
+                simulation.probe(step.node, chance)
+            return _PENDING
+        simulation.core.cluster.give_up(self.waiter)
+        seen: Observation | None = self.waiter.seen
+        return seen if isinstance(step, AwaitObservation) else None
+
+    def interrupt(self, error: BaseException, *, late: bool = False) -> None:
+        """Cancel at the pending step, or ``late``: after it took effect, before it was reported."""
+        step = self.step
+        if self.waiter is not None:
+            self.simulation.core.cluster.give_up(self.waiter)
+        if isinstance(step, Fetch):
+            # What the connection would receive next is unknown: the wire closes it.
+            step.conn.closed = True
+        elif isinstance(step, Return):
+            self.simulation.give_back(step)
+        elif isinstance(step, SetReadOnly) and late:
+            step.conn.read_only = step.value
+        self._go(lambda: self.plan.throw(error))
+
+    def finish(self, chance: Random, limit: int = 3000) -> Operation:
+        """Run to the end; fails when there is none."""
+        for _ in range(limit):
+            if self.done:
+                return self
+            self.advance(chance)
+        raise AssertionError(f"the plan goes on for ever; it asks for {self.step!r}")
+
+
+_PENDING: Final = object()
