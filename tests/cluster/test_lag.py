@@ -1,0 +1,226 @@
+"""Bounded staleness: how old the data of a routed read is, measured by the data itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+from lsn_consistency import Consistency, Reason
+from lsn_consistency.events import LagExceeded
+from lsn_consistency.testing import EmbeddedCluster, Replica
+from tests.cluster.conftest import OpenRouter
+from tests.cluster.harness import (
+    KINDS,
+    App,
+    make_table,
+    open_router,
+    wait_until,
+    write_wal,
+)
+
+TICK_SECONDS = 0.02
+MAX_LAG = 0.6
+POLL = 0.15
+TOLERANCE = 0.25
+"""The tick, the flush delay of asynchronous commits, and a read's own time on a busy machine."""
+
+
+@contextmanager
+def _ticking(pg: EmbeddedCluster, table: str) -> Iterator[None]:
+    """Keep the time in a row of the primary, so that a read tells how old its data is."""
+    pg.primary.execute(f"ALTER TABLE {table} ALTER value TYPE float8")
+    pg.primary.execute(f"INSERT INTO {table} VALUES (0, %s)", [time.monotonic()])
+    pg.wait_caught_up()
+    done = threading.Event()
+
+    def tick() -> None:
+        with pg.primary.connect() as conn:
+            while not done.wait(TICK_SECONDS):
+                conn.execute(f"UPDATE {table} SET value = %s".encode(), [time.monotonic()])
+
+    thread = threading.Thread(target=tick, name="scenario ticks")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _ages(app: App, table: str, seconds: float) -> list[tuple[float, int, float]]:
+    """Read as new clients for a time: when, from which port, how old the data was."""
+    found = []
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        with app.session():
+            asked = time.monotonic()
+            answer = app.ask(f"SELECT value FROM {table}")
+        found.append((asked, answer.port, asked - answer.value))
+        time.sleep(0.002)
+    return found
+
+
+def _cut_off(replica: Replica) -> None:
+    replica.stop_replication()
+
+
+def _pause(replica: Replica) -> None:
+    replica.pause_replay()
+
+
+def _delay(replica: Replica) -> None:
+    replica.apply_delay(20.0)
+
+
+@pytest.mark.parametrize("fault", [_cut_off, _pause, _delay])
+def test_a_replica_that_falls_behind_is_left_out_within_one_poll_of_the_bound(
+    opened: OpenRouter, pg: EmbeddedCluster, table: str, fault: Callable[[Replica], None]
+) -> None:
+    """
+    Walreceiver stopped, replay paused or delayed while the primary writes: over the bound within
+    one poll, left out; and no routed read, whenever it comes, gets data older than the bound.
+    """
+    behind, well = pg.replicas["replica_1"], pg.replicas["replica_2"]
+    with _ticking(pg, table), opened(max_lag_seconds=MAX_LAG, poll_interval=POLL) as app:
+        before = _ages(app, table, 0.5)
+        fault(behind)
+        stopped = time.monotonic()
+        after = _ages(app, table, MAX_LAG + POLL + 1.0)
+        lag = app.snapshot()[behind.name]["lag_seconds"]
+    assert {behind.port, well.port} == {port for _, port, _ in before}
+    left_out = [port for asked, port, _ in after if asked > stopped + MAX_LAG + POLL]
+    assert len(left_out) > 20
+    assert {well.port} == set(left_out)
+    assert [] == [age for _, _, age in before + after if age > MAX_LAG + TOLERANCE]
+    assert lag is None or lag > MAX_LAG
+
+
+def test_with_every_replica_over_the_bound_the_primary_serves_and_a_warning_tells(
+    opened: OpenRouter,
+    pg: EmbeddedCluster,
+    table: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """LAG_EXCEEDED: every healthy replica is over max_lag_seconds: primary, one WARNING."""
+    with _ticking(pg, table), opened(max_lag_seconds=MAX_LAG, poll_interval=POLL) as app:
+        for replica in pg.replicas.values():
+            replica.pause_replay()
+        stopped = time.monotonic()
+        time.sleep(MAX_LAG + POLL)
+        ages = _ages(app, table, 0.5)
+        with app.session():
+            answer = app.ask("SELECT 1")
+        events = app.events_of(LagExceeded)
+    assert time.monotonic() > stopped + MAX_LAG
+    assert {pg.primary.port} == {port for _, port, _ in ages}
+    assert (pg.primary.port, Reason.LAG_EXCEEDED) == (answer.port, answer.route.reason)
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert (1, 1) == (len(warnings), len(events))
+    assert MAX_LAG == events[0].limit_seconds
+    assert set(pg.replicas) == set(events[0].lag_seconds)
+
+
+def test_bounded_reads_hold_their_own_bound(
+    opened: OpenRouter, pg: EmbeddedCluster, table: str
+) -> None:
+    """bounded(seconds): the data is at most that old, also where it is above the router's bound."""
+    behind = pg.replicas["replica_1"]
+    nodes = {behind.name: behind.conninfo}
+    with (
+        _ticking(pg, table),
+        opened(replicas=nodes, max_lag_seconds=0.3, poll_interval=POLL) as app,
+    ):
+        app.wait_healthy()
+        behind.pause_replay()
+        paused = time.monotonic()
+        found = []
+        while time.monotonic() < paused + 2.0:
+            with app.session():
+                asked = time.monotonic()
+                answer = app.ask(f"SELECT value FROM {table}", consistency=Consistency.bounded(1.2))
+            found.append((asked - paused, answer.port, asked - answer.value))
+            time.sleep(0.01)
+    assert [] == [age for _, _, age in found if age > 1.2 + TOLERANCE]
+    # Used for as long as it may be, and not after.
+    assert {behind.port} == {port for since, port, _ in found if since < 0.7}
+    assert {pg.primary.port} == {port for since, port, _ in found if since > 1.2 + TOLERANCE}
+
+
+def test_a_replica_that_has_replayed_no_commit_and_is_megabytes_behind_is_not_used(
+    opened: OpenRouter, pg: EmbeddedCluster, table: str
+) -> None:
+    """
+    A replica that has replayed no commit since its start has no replay timestamp: a lag computed
+    from that is NULL, and taken for none it would serve data that is megabytes old.
+    """
+    behind, well = pg.replicas["replica_1"], pg.replicas["replica_2"]
+    behind.stop_replication()
+    pg.primary.execute("CHECKPOINT")
+    behind.execute("CHECKPOINT")
+    behind.stop()
+    write_wal(pg.primary, 8)
+    pg.primary.execute(f"INSERT INTO {table} VALUES (1)")
+    well_position = pg.primary.value("SELECT pg_current_wal_flush_lsn()::text")
+    behind.start()
+    wait_until(lambda: str(well.replay_lsn()) >= well_position)
+    assert behind.value("SELECT pg_last_xact_replay_timestamp()") is None
+    assert behind.value(f"SELECT '{well_position}' - pg_last_wal_replay_lsn()") > 8 * 1024 * 1024
+    with opened() as app:
+        app.wait_healthy()
+        counts = []
+        for consistency in (None, Consistency.READ_YOUR_WRITES, Consistency.bounded(30.0)):
+            for _ in range(30):
+                with app.session():
+                    answer = app.ask(f"SELECT count(*) FROM {table}", consistency=consistency)
+                counts.append((answer.value, answer.port))
+        lag = app.snapshot()[behind.name]["lag_seconds"]
+        well.stop()
+        with app.session():
+            last = app.ask(f"SELECT count(*) FROM {table}")
+    assert {(1, well.port)} == set(counts)
+    assert lag is None
+    assert (1, pg.primary.port) == (last.value, last.port)
+
+
+@pytest.mark.slow
+def test_an_idle_primary_leaves_caught_up_replicas_eligible(pg: EmbeddedCluster) -> None:
+    """
+    Idle primary for 10 s, replicas caught up: still eligible, lag near 0; both kinds side by side.
+
+    Then an open transaction leaves WAL that is not flushed, which no replica can have for up to
+    15 s: nothing that anybody could read is missing, so they stay eligible.
+    """
+    table = make_table(pg, "items")
+    with ExitStack() as stack:
+        apps = [stack.enter_context(open_router(kind, pg, wait_seconds=0.5)) for kind in KINDS]
+        idle = [sample for _ in range(20) for sample in _idle_samples(apps, 0.5)]
+        sleeper = stack.enter_context(pg.primary.connect(autocommit=False))
+        sleeper.execute(f"INSERT INTO {table} VALUES (1)".encode())
+        unflushed = []
+        for _ in range(7):
+            unflushed += _idle_samples(apps, 0.5)
+            ahead = "SELECT pg_current_wal_insert_lsn() > pg_current_wal_flush_lsn()"
+            if not pg.primary.value(ahead):
+                sleeper.execute(f"INSERT INTO {table} SELECT max(id) + 1 FROM {table}".encode())
+        sleeper.rollback()
+    for samples in (idle, unflushed):
+        assert {Reason.WITHIN_LAG} == {reason for reason, _, _ in samples}
+        assert pg.primary.port not in {port for _, port, _ in samples}
+    assert max(lag for _, _, lag in idle) < 0.8
+    assert max(lag for _, _, lag in unflushed) < 1.5
+
+
+def _idle_samples(apps: list[App], pause: float) -> list[tuple[Reason, int, float]]:
+    samples = []
+    for app in apps:
+        with app.session():
+            answer = app.ask("SELECT 1", consistency=Consistency.bounded(2.0))
+        lags: list[Any] = [node["lag_seconds"] for node in app.snapshot().values()]
+        samples.append((answer.route.reason, answer.port, max(lags)))
+    time.sleep(pause)
+    return samples
