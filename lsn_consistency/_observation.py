@@ -136,7 +136,8 @@ class PrimarySamples:
             self._inserts.clear()
             self._flushes.clear()
         if seen.lsn != self._inserts.newest:
-            self._still_since = seen.sent_at
+            # The position may have been reached as late as this.
+            self._still_since = seen.received_at
         self._inserts.add(seen.sent_at, seen.lsn)
         if seen.sent_at - self._still_since >= seen.flush_delay_seconds:
             self._flushes.add(seen.sent_at, flush)
