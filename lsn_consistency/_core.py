@@ -27,7 +27,7 @@ OVERDUE_SECONDS: Final = 0.25
 """A probe is overdue, and its server suspect, when it takes this much longer than its turn."""
 
 WARNING_INTERVAL_SECONDS: Final = 10.0
-RECYCLE_INTERVAL_SECONDS: Final = 0.5
+RECYCLE_INTERVAL_SECONDS: Final = 0.1
 
 
 @dataclass(slots=True)
@@ -143,13 +143,16 @@ class Core:
         fresh = now - seen.received_at <= self.poll_seconds + OVERDUE_SECONDS
         return seen if fresh else None
 
-    def may_recycle(self, now: float) -> bool:
+    def may_recycle(self, seen: Observation) -> bool:
         """
         Tell whether a connection to a server that cannot serve may be closed for a new one now.
 
-        Behind an endpoint that hides several servers the new one may reach a better one.
+        Behind an endpoint that hides several servers the new one may reach a better one. A server
+        that is merely some milliseconds behind keeps its connections.
         """
-        if now - self._recycled_at < RECYCLE_INTERVAL_SECONDS:
+        now = self.clock()
+        lags = self.cluster.lag_seconds(seen, now) > self.settings.max_lag_seconds / 2
+        if not lags or now - self._recycled_at < RECYCLE_INTERVAL_SECONDS:
             return False
         self._recycled_at = now
         return True

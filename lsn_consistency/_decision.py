@@ -48,6 +48,9 @@ FRESH_SHARE: Final = 0.25
 class Read:
     """
     Hold what one read asks for, and what became of its attempts.
+
+    ``excluded`` nodes have failed. Of a ``refused`` one the connections that were tried could not
+    serve; it may be tried again after a wait.
     """
 
     level: Consistency
@@ -56,7 +59,7 @@ class Read:
     wait_seconds: float
     preferred: str | None = None
     excluded: set[str] = field(default_factory=set)
-    asked: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
     refusals: Counter[str] = field(default_factory=Counter)
     waiting_since: float | None = None
     waited: bool = False
@@ -240,12 +243,15 @@ def _among_replicas(
         lag = cluster.lag_seconds(seen, now)
         candidate = _Candidate(node, lag)
         within += lag <= read.lag_limit
+        if node.name in read.refused:
+            # Its connections have reached servers that could not serve.
+            continue
         if required is None or seen.reaches(required) is True:
             reached.append(candidate)
             if lag <= read.lag_limit:
                 eligible.append(candidate)
                 continue
-        if node.hides_servers and node.name not in read.asked:
+        if node.hides_servers:
             hidden.append(node)
     if eligible:
         reason = Reason.WITHIN_LAG if required is None else Reason.CAUGHT_UP

@@ -41,7 +41,7 @@ from lsn_consistency.tokens import Token
 
 MAX_ATTEMPTS: Final = 64
 CONNECTIONS_TRIED: Final = 3
-REFUSALS_BEFORE_EXCLUDED: Final = 2
+MAX_REFUSALS: Final = 4
 RETRY_AFTER_SECONDS: Final = 1.0
 READY_SECONDS: Final = 0.001
 """Time to take a connection that lies ready in its pool, and no time to open another."""
@@ -95,9 +95,9 @@ def choose(core: Core, session: Session, read: Read) -> Plan[Route]:
     """
     verdict = yield from _verdict(core, read)
     while verdict.ask:
-        # Only a connection could tell, and a choice opens none. Each node asks once, and once more
-        # after the wait.
-        read.asked.add(verdict.node.name)
+        # Only a connection could tell, and a choice opens none.
+        read.refusals[verdict.node.name] += MAX_REFUSALS
+        read.refused.add(verdict.node.name)
         verdict = yield from _verdict(core, read)
     route = _route(read, verdict)
     if route.reason is Reason.LAG_EXCEEDED:
@@ -347,14 +347,11 @@ def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts] | N
             yield Return(name, conn)
             raise
         hides = serve.node.hides_servers
-        yield Return(name, conn, discard=hides and core.may_recycle(core.clock()))
+        yield Return(name, conn, discard=hides and core.may_recycle(seen))
         if not hides:
             break
-    if serve.ask:
-        read.asked.add(name)
+    read.refused.add(name)
     read.refusals[name] += 1
-    if read.refusals[name] >= REFUSALS_BEFORE_EXCLUDED:
-        read.excluded.add(name)
     return None
 
 
@@ -439,9 +436,9 @@ def _await(core: Core, read: Read, verdict: Wait) -> Plan[None]:
         yield AwaitPosition(verdict.required, left)
     now = core.clock()
     read.waited_seconds = now - read.waiting_since
-    if now >= ends:
-        read.waited = True
-        read.asked.clear()
+    read.waited = now >= ends
+    # Another server of an endpoint may be reached now, or the same one may have caught up.
+    read.refused = {name for name in read.refused if read.refusals[name] >= MAX_REFUSALS}
 
 
 def _look_again(core: Core, names: tuple[str, ...]) -> Plan[None]:

@@ -112,7 +112,7 @@ def make_table(tallies: Sequence[Tally]) -> Table:
     """
     Return a row for each phase and one for all of them; it fits into 80 columns.
     """
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name, justify="right", vertical="bottom", no_wrap=True)

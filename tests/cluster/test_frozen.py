@@ -95,7 +95,7 @@ def test_with_every_replica_frozen_the_primary_serves_within_the_limits(
         for replica in pg.replicas.values():
             replica.freeze()
         time.sleep(POLL + OVERDUE)
-        readers = app.each(30, lambda number: _reads(app, table, _some(token, number), 1.5))
+        readers = app.each(30, lambda number: _reads(app, table, _some(token, number), 1.2))
         with app.session():
             last = app.ask("SELECT 1")
     reads = [read for found in readers for read in found]

@@ -33,6 +33,7 @@ from starlette.types import ASGIApp
 from lsn_consistency import (
     AsyncRouter,
     ConsistencyMiddleware,
+    Lsn,
     Router,
     Token,
     TokenCodec,
@@ -48,7 +49,7 @@ HEADER = "X-Consistency-Token"
 PATIENT: Mapping[str, float] = {"max_lag_seconds": 60.0, "pin_seconds": 60.0}
 """Options with which a paused replica serves reads without a token for as long as a test takes."""
 
-INSERT = "INSERT INTO items (id) VALUES (%s)"
+INSERT = "INSERT INTO items (id) VALUES (%s) RETURNING pg_current_wal_insert_lsn()::text"
 LOOK = "SELECT coalesce(array_agg(id ORDER BY id), '{}'), inet_server_port() FROM items"
 
 Endpoint = Callable[[Request], Any]
@@ -71,16 +72,25 @@ class Store:
     """
     Use a router as the handlers of an application do.
 
-    The coroutine methods run a blocking router's calls in the thread pool.
+    The coroutine methods run a blocking router's calls in the thread pool. ``written`` holds the
+    primary's position at each row written, which is below the one of its commit.
     """
 
     def __init__(self, kind: Kind, router: Any) -> None:
         self.kind = kind
         self.router = router
+        self.written: list[Lsn] = []
+
+    def covers_all(self, token: Token | None) -> bool:
+        """
+        Tell whether a token reaches every row written so far.
+        """
+        lsns = [] if token is None else [each.lsn for each in token.positions.values()]
+        return max(lsns, default=0) > max(self.written)
 
     def add_blocking(self, number: int) -> None:
         with self.router.write() as conn:
-            conn.execute(INSERT, [number])
+            self._note(conn.execute(INSERT, [number]).fetchone())
 
     def look_blocking(self) -> dict[str, Any]:
         with self.router.read() as conn:
@@ -91,7 +101,7 @@ class Store:
             await run_in_threadpool(self.add_blocking, number)
             return
         async with self.router.write() as conn:
-            await conn.execute(INSERT, [number])
+            self._note(await (await conn.execute(INSERT, [number])).fetchone())
 
     async def look(self) -> dict[str, Any]:
         if self.kind == "blocking":
@@ -120,6 +130,9 @@ class Store:
             await run_in_threadpool(self.router.capture)
         else:
             await self.router.capture()
+
+    def _note(self, row: Any) -> None:
+        self.written.append(Lsn.parse(row[0]))
 
 
 def _seen(row: Any) -> dict[str, Any]:

@@ -321,6 +321,7 @@ class Simulation:
         self.events: list[Event] = []
         self.warnings: list[str] = []
         self.kicked: list[str] = []
+        self.slack = 0.0
         self.core = Core(
             self.endpoints,
             Settings.of(options),
