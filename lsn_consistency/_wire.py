@@ -14,7 +14,7 @@ import asyncio
 import select
 from collections.abc import Iterator
 from time import monotonic
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from psycopg import OperationalError, pq
 
@@ -23,6 +23,8 @@ from lsn_consistency._steps import Fetch, NodeFailure, Plan, Reply
 
 _Result = TypeVar("_Result")
 Need = Literal["read", "write"]
+
+_MESSAGES_BEFORE_END: Final = 16
 
 # Behind a pooler the check is part of the transaction that reads.
 _BETWEEN_STATEMENTS = (pq.TransactionStatus.IDLE, pq.TransactionStatus.INTRANS)
@@ -102,15 +104,17 @@ def is_alive(conn: Any) -> bool:
     or a silent network cannot be seen here.
     """
     pgconn = conn.pgconn
-    if pgconn.status != pq.ConnStatus.OK:
-        return False
-    if not _wait(pgconn.socket, "read", 0):
-        return True
-    try:
-        pgconn.consume_input()
-    except OperationalError:
-        return False
-    return bool(pgconn.status == pq.ConnStatus.OK)
+    # Before the end of the stream there may be the server's reason for it, or notices.
+    for _ in range(_MESSAGES_BEFORE_END):
+        if pgconn.status != pq.ConnStatus.OK:
+            return False
+        if not _wait(pgconn.socket, "read", 0):
+            return True
+        try:
+            pgconn.consume_input()
+        except OperationalError:
+            return False
+    return False
 
 
 def is_idle(conn: Any) -> bool:

@@ -75,8 +75,10 @@ def make_app(stage: Stage, secret_key: str, on_ready: Callable[[], None]) -> ASG
         },
         lifespan=lifespan,
     )
-    # Outermost, so that also an answer to an unhandled error carries the token of its commit.
-    return ConsistencyMiddleware(app, router=router, secret_key=secret_key)
+    # Outermost, so that also an answer to an unhandled error carries the token of its commit. The
+    # shop writes through the router only, so no method has to be taken for a write: the controls
+    # would move a visitor's token, and stopping the primary would pin it.
+    return ConsistencyMiddleware(app, router=router, secret_key=secret_key, write_methods=())
 
 
 async def page(request: Request) -> Response:

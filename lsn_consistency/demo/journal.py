@@ -67,8 +67,8 @@ def describe(event: events.Event) -> str | None:
         case events.NodeRecovered():
             return f"{event.name} answers again"
         case events.RoleChanged():
-            was = "" if event.before is None else f" (was {event.before})"
-            return f"{event.name} is a {event.after}{was}"
+            was = "" if event.before is None else f", before as {event.before}"
+            return f"{event.name} was seen as {event.after}{was}"
         case events.FallbackLimited():
             return f"the primary serves {event.limit} fallback reads already"
         case _:

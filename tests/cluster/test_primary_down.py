@@ -10,7 +10,7 @@ import psycopg_pool
 import pytest
 
 from lsn_consistency import Consistency, Lsn, Position, Reason, Token, current_session
-from lsn_consistency.events import PositionUnknown
+from lsn_consistency.events import NodeFailed, PositionUnknown
 from lsn_consistency.exceptions import NoNodeAvailableError, ReplayTimeoutError, RoutingError
 from lsn_consistency.testing import EmbeddedCluster
 from tests.cluster.conftest import OpenRouter
@@ -244,3 +244,24 @@ def _outcome(app: App, token: Token, **options: Any) -> tuple[BaseException | No
     except Exception as error:
         return error, time.monotonic() - began
     return None, time.monotonic() - began
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_after_a_restart_the_first_use_of_each_pooled_connection_works(
+    opened: OpenRouter, pg: EmbeddedCluster, table: str, mode: Literal["fast", "immediate"]
+) -> None:
+    """Connections that the server has closed are replaced before they are handed out."""
+    sizes = {"min_size": 3, "max_size": 3}
+    with opened(**OPTIONS, pool_options=sizes) as app:
+        for pool in app.pools.values():
+            app.call(pool.wait())
+        for node in pg.nodes.values():
+            node.restart(mode)
+        app.wait_healthy()
+        app.events.clear()
+        for number in range(6):
+            app.write(f"INSERT INTO {table} VALUES (%s)", [number])
+        counts = [app.read("SELECT count(*) FROM pg_class", node=name) for name in pg.nodes]
+        failures = app.events_of(NodeFailed)
+    assert 3 == len(counts)
+    assert [] == failures

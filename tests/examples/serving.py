@@ -30,9 +30,9 @@ def documented_commands(name: str) -> list[str]:
     return [line.strip() for line in lines if re.match(r"    (uvicorn|python) ", line)]
 
 
-def node_variables(pg: EmbeddedCluster) -> dict[str, str]:
+def node_variables(pg: EmbeddedCluster, database: str) -> dict[str, str]:
     """Return the environment variables that name the servers of a cluster to an example."""
-    return {name.upper(): node.conninfo for name, node in pg.nodes.items()}
+    return {name.upper(): node.conninfo_for(dbname=database) for name, node in pg.nodes.items()}
 
 
 def free_port() -> int:

@@ -30,10 +30,12 @@ FALLBACKS = {"not_caught_up", "lag_exceeded"}
 
 
 @contextmanager
-def example(name: str, pg: EmbeddedCluster, tmp_path: Path) -> Iterator[httpx.Client]:
+def example(
+    name: str, pg: EmbeddedCluster, database: str, tmp_path: Path
+) -> Iterator[httpx.Client]:
     (command,) = documented_commands(name)
     with (
-        running(command, tmp_path / "log", node_variables(pg)) as url,
+        running(command, tmp_path / "log", node_variables(pg, database)) as url,
         client(url) as session,
     ):
         # What the application made when it started is on the replicas before they are paused.
@@ -56,10 +58,10 @@ def test_every_example_is_tested() -> None:
     assert {"starlette_app", "fastapi_app", "blocking_app", "two_services"} == names
 
 
-def test_starlette(pg_cluster: EmbeddedCluster, tmp_path: Path) -> None:
+def test_starlette(pg_cluster: EmbeddedCluster, database: str, tmp_path: Path) -> None:
     """With cookies alone, an order is seen at once: on the primary, and later on a replica."""
     replica_ports = {replica.port for replica in pg_cluster.replicas.values()}
-    with example("starlette_app", pg_cluster, tmp_path) as http:
+    with example("starlette_app", pg_cluster, database, tmp_path) as http:
         with paused(pg_cluster):
             placed = http.post("/orders", json={"item": "tea"})
             assert 201 == placed.status_code
@@ -78,9 +80,9 @@ def test_starlette(pg_cluster: EmbeddedCluster, tmp_path: Path) -> None:
         }
 
 
-def test_fastapi(pg_cluster: EmbeddedCluster, tmp_path: Path) -> None:
+def test_fastapi(pg_cluster: EmbeddedCluster, database: str, tmp_path: Path) -> None:
     """With the header alone, each route keeps the promise of its level."""
-    with example("fastapi_app", pg_cluster, tmp_path) as http:
+    with example("fastapi_app", pg_cluster, database, tmp_path) as http:
         with paused(pg_cluster):
             credited = http.post("/accounts/ann", params={"amount": 5})
             http.cookies.clear()
@@ -104,9 +106,9 @@ def test_fastapi(pg_cluster: EmbeddedCluster, tmp_path: Path) -> None:
         assert {"role": "primary", "reason": "primary_required"} == closed
 
 
-def test_blocking(pg_cluster: EmbeddedCluster, tmp_path: Path) -> None:
+def test_blocking(pg_cluster: EmbeddedCluster, database: str, tmp_path: Path) -> None:
     """A job finds the order that its headers stand for, and the client sees what the job wrote."""
-    with example("blocking_app", pg_cluster, tmp_path) as http:
+    with example("blocking_app", pg_cluster, database, tmp_path) as http:
         with paused(pg_cluster):
             placed = http.post("/orders")
             number = answer(placed)["order"]
@@ -125,10 +127,10 @@ def test_blocking(pg_cluster: EmbeddedCluster, tmp_path: Path) -> None:
         } == later
 
 
-def test_two_services(pg_cluster: EmbeddedCluster, tmp_path: Path) -> None:
+def test_two_services(pg_cluster: EmbeddedCluster, database: str, tmp_path: Path) -> None:
     """Billing finds the order, and the client sees billing's invoice without having asked it."""
     run_billing, run_orders = documented_commands("two_services")
-    variables = node_variables(pg_cluster)
+    variables = node_variables(pg_cluster, database)
     with (
         running(run_billing, tmp_path / "billing", variables) as billing_url,
         running(

@@ -321,7 +321,6 @@ class Simulation:
         self.events: list[Event] = []
         self.warnings: list[str] = []
         self.kicked: list[str] = []
-        self.slack = 0.0
         self.core = Core(
             self.endpoints,
             Settings.of(options),
@@ -463,6 +462,7 @@ class Operation:
         self.reply: Reply | None = None
         self.waiter: Waiter | None = None
         self.ends = 0.0
+        self.connected_at = 0.0
         self.steps = 0
         self.done = False
         self.result: Any = None
@@ -502,7 +502,9 @@ class Operation:
             simulation.pass_time(TICK)
             return self.reply._replace(received_at=simulation.now)
         if isinstance(step, Checkout):
-            return simulation.checkout(step, chance)
+            conn = simulation.checkout(step, chance)
+            self.connected_at = simulation.now
+            return conn
         if isinstance(step, Return):
             return simulation.give_back(step)
         if isinstance(step, SetReadOnly):
