@@ -81,6 +81,8 @@ class BaseRouter:
         return core.cluster.snapshot(core.clock(), core.unix_clock())
 
     def _running(self) -> Core:
+        if self._core is None and self._given_is_inherited:
+            raise self._inherited_pool()
         if self._core is None:
             raise ConfigurationError(
                 "the router is not open: use it as a context manager, call open(), or pass "
@@ -103,15 +105,19 @@ class BaseRouter:
     def _open_given(self, name: str) -> Any:
         pool = self._sources[name]
         if self._given_is_inherited:
-            raise ConfigurationError(
-                f"the pool of {name!r} was opened before a fork and belongs to the parent process: "
-                "give the router a conninfo, or make pool and router in each process"
-            )
+            raise self._inherited_pool()
         if pool.closed:
             raise ConfigurationError(
                 f"the pool of {name!r} is not open: open it before the router, in this process"
             )
         return pool
+
+    def _inherited_pool(self) -> ConfigurationError:
+        names = ", ".join(name for name in self._sources if self._is_given(name))
+        return ConfigurationError(
+            f"the pool of {names} was opened before a fork and belongs to the parent process: "
+            "give the router a conninfo, or make pool and router in each process"
+        )
 
     def _is_given(self, name: str) -> bool:
         return not isinstance(self._sources[name], str)

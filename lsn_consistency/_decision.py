@@ -232,7 +232,7 @@ def _among_replicas(
     eligible: list[_Candidate] = []
     reached: list[_Candidate] = []
     hidden: list[Node] = []
-    healthy = within = 0
+    healthy = over = 0
     for node in cluster.all_nodes:
         seen = node.newest
         if seen is None or not seen.in_recovery or node.name in read.excluded:
@@ -242,7 +242,8 @@ def _among_replicas(
         healthy += 1
         lag = cluster.lag_seconds(seen, now)
         candidate = _Candidate(node, lag)
-        within += lag <= read.lag_limit
+        # An unknown lag is not within the limit, nor known to be over it.
+        over += read.lag_limit < lag < math.inf
         if node.name in read.refused:
             # Its connections have reached servers that could not serve.
             continue
@@ -265,12 +266,10 @@ def _among_replicas(
             return _serve(chosen, Reason.PRIMARY_DOWN, required)
     if not healthy:
         return _primary(cluster, read, Reason.NO_REPLICA)
-    if not within and read.waiting_since is None:
+    if required is None or (over == healthy and read.waiting_since is None):
         if not read.refreshed and (names := _too_old(cluster, read, now)):
             return Refresh(names)
         return _primary(cluster, read, Reason.LAG_EXCEEDED, required)
-    if required is None:
-        return _primary(cluster, read, Reason.LAG_EXCEEDED)
     if read.waited:
         return _primary(cluster, read, Reason.NOT_CAUGHT_UP, required)
     return Wait(required)

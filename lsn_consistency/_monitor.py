@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import threading
 from collections.abc import Awaitable, Callable, Iterable
@@ -44,6 +45,7 @@ class Monitor:
         self._core = core
         self._node = core.cluster.nodes[name]
         self._conn: Any = None
+        self._process = os.getpid()
         self._identity: Identity | None = None
         self._awake = asyncio.Event()
         self._probed_at = _LONG_AGO
@@ -123,9 +125,11 @@ class Monitor:
         return await _wire.run_async(observe(self._conn, self._identity), timeout)
 
     def _close(self) -> None:
-        if self._conn is not None:
+        # In a forked child, where this may run when the child collects what it inherited, finish()
+        # would end the parent's session.
+        if self._conn is not None and os.getpid() == self._process:
             self._conn.pgconn.finish()
-            self._conn = None
+        self._conn = None
 
 
 class MonitorThread:

@@ -225,6 +225,9 @@ class Cluster:
             if node.newest is not None and self.is_primary(node.newest)
         ]
         self.conflict = None
+        if self.system_id is None and (conflict := self._foreign_system()):
+            self.conflict, self.primary = conflict, None
+            return
         if not candidates:
             # The last primary stays the one to try while it is unreachable, not while it says
             # that it is none.
@@ -243,6 +246,21 @@ class Cluster:
         self.primary, elected = leaders[0]
         self._belong_to(elected.server.system_id)
         self.timeline = highest
+
+    def _foreign_system(self) -> str | None:
+        # Until the configured primary was seen once, only the agreement of all can tell which
+        # system is ours.
+        known = {
+            node.name: node.newest.server.system_id
+            for node in self.all_nodes
+            if node.newest is not None
+        }
+        if len(set(known.values())) < 2:
+            return None
+        return (
+            f"{' and '.join(known)} are of different systems, and the configured primary, which "
+            "would tell which one is ours, was not seen yet"
+        )
 
     def _belong_to(self, system_id: int) -> None:
         if system_id != self.system_id:

@@ -15,6 +15,7 @@ from lsn_consistency import _sql
 from lsn_consistency._core import Core, Facts
 from lsn_consistency._decision import Fail, Read, Refresh, Serve, Wait, no_primary
 from lsn_consistency._observation import Observation
+from lsn_consistency._sql import Identity
 from lsn_consistency._steps import (
     AwaitObservation,
     AwaitPosition,
@@ -123,7 +124,7 @@ def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lea
                 facts = yield from meet(core, name, conn)
             if facts.pooled:
                 yield Fetch(conn, _sql.BEGIN_READ_COMMITTED)
-            yield from _make_read_only(core, conn, facts)
+            yield from _make_read_only(core, conn, facts, in_recovery=False)
         except BaseException:
             yield Return(name, conn)
             raise
@@ -147,29 +148,21 @@ def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool)
     Nothing is raised: a position that cannot be had pins the session. ``interrupted`` says that
     the read was cancelled, and there is no time to ask anybody.
     """
-    node = core.cluster.nodes[lease.node]
     advances = lease.level == Consistency.CAUSAL or lease.route.reason is Reason.TIMELINE_CHANGED
+    if advances:
+        yield from _or_pinned(core, session, _close_read(core, session, lease, interrupted))
+    else:
+        yield from _give_back(core, lease, None)
+
+
+def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:
+    node = core.cluster.nodes[lease.node]
     started = core.clock()
-    seen: Observation | None = None
     # Reads that end together share one probe; one that is alone asks on its own connection. Behind
     # a pooler neither reaches the same server for certain.
     shares = node.in_flight > 1 and not node.hides_servers
-    try:
-        try:
-            if advances and not interrupted and not shares and not lease.facts.pooled:
-                seen = yield from observe(lease.conn, lease.facts.identity)
-            yield from _restore(core, lease.conn, lease.facts)
-        except NodeFailure as failure:
-            _report(core, lease.node, failure)
-        finally:
-            core.cluster.leave(node, fallback=lease.fallback)
-            yield Return(lease.node, lease.conn)
-    except BaseException:
-        if advances:
-            _pin(core, session, "the read was interrupted")
-        raise
-    if not advances:
-        return
+    asks = not (interrupted or shares or lease.facts.pooled)
+    seen = yield from _give_back(core, lease, lease.facts.identity if asks else None)
     if interrupted:
         _pin(core, session, "the read was interrupted")
         return
@@ -178,6 +171,21 @@ def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool)
         if seen is not None and seen.server != lease.facts.identity.server:
             seen = None
     yield from _advance_past_read(core, session, seen, started)
+
+
+def _give_back(core: Core, lease: Lease, observed: Identity | None) -> Plan[Observation | None]:
+    # A read's connection, after a last observation of the server of this identity.
+    seen = None
+    try:
+        if observed is not None:
+            seen = yield from observe(lease.conn, observed)
+        yield from _restore(core, lease.conn, lease.facts)
+    except NodeFailure as failure:
+        _report(core, lease.node, failure)
+    finally:
+        core.cluster.leave(core.cluster.nodes[lease.node], fallback=lease.fallback)
+        yield Return(lease.node, lease.conn)
+    return seen
 
 
 def open_write(core: Core, session: Session) -> Plan[Lease]:
@@ -223,21 +231,21 @@ def close_write(core: Core, session: Session, lease: Lease, *, interrupted: bool
     Nothing is raised: when the position cannot be had here, a fresh one of the primary is taken,
     and when there is none the session is pinned to the primary.
     """
+    session.wrote = True
+    yield from _or_pinned(core, session, _close_write(core, session, lease, interrupted))
+
+
+def _close_write(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:
     started = core.clock()
     seen: Observation | None = None
     sticky = lease.level.name == "sticky"
-    session.wrote = True
     try:
-        try:
-            if not interrupted and not sticky:
-                seen = yield from observe(lease.conn, lease.facts.identity)
-        except NodeFailure as failure:
-            _report(core, lease.node, failure)
-        finally:
-            yield Return(lease.node, lease.conn)
-    except BaseException:
-        _pin(core, session, "the write was interrupted")
-        raise
+        if not interrupted and not sticky:
+            seen = yield from observe(lease.conn, lease.facts.identity)
+    except NodeFailure as failure:
+        _report(core, lease.node, failure)
+    finally:
+        yield Return(lease.node, lease.conn)
     if sticky:
         session.pin(core.unix_clock() + (lease.level.seconds or 0.0))
     elif interrupted:
@@ -257,7 +265,7 @@ def capture(core: Core, session: Session) -> Plan[None]:
     if level.name == "sticky":
         session.pin(core.unix_clock() + (level.seconds or 0.0))
         return
-    yield from _advance_past_primary(core, session, core.clock())
+    yield from _or_pinned(core, session, _advance_past_primary(core, session, core.clock()))
 
 
 def primary_token(core: Core) -> Plan[Token]:
@@ -341,7 +349,7 @@ def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts] | N
         try:
             facts, seen = yield from _look(core, read, serve, conn)
             if core.admits(read, serve, seen):
-                yield from _make_read_only(core, conn, facts)
+                yield from _make_read_only(core, conn, facts, in_recovery=seen.in_recovery)
                 return conn, facts
         except BaseException:
             yield Return(name, conn)
@@ -377,7 +385,7 @@ def _look(
     return facts, seen
 
 
-def _make_read_only(core: Core, conn: Any, facts: Facts) -> Plan[None]:
+def _make_read_only(core: Core, conn: Any, facts: Facts, *, in_recovery: bool) -> Plan[None]:
     if facts.pooled:
         # The transaction that the check opened is read-only already.
         return
@@ -385,7 +393,8 @@ def _make_read_only(core: Core, conn: Any, facts: Facts) -> Plan[None]:
         if not facts.changed:
             facts.changed, facts.own_read_only = True, conn.read_only
         yield SetReadOnly(conn, True)
-    elif not facts.read_only and not (facts.in_recovery and core.is_given(facts.node)):
+    elif not facts.read_only and not (in_recovery and core.is_given(facts.node)):
+        # A standby is read-only by itself: a given pool's connection need not be changed and back.
         yield Fetch(conn, _sql.READ_ONLY)
         facts.read_only = True
 
@@ -482,6 +491,15 @@ def _advance_past_primary(core: Core, session: Session, started: float) -> Plan[
         _pin(core, session, "no position could be taken")
     else:
         session.advance(Token([position]))
+
+
+def _or_pinned(core: Core, session: Session, plan: Plan[None]) -> Plan[None]:
+    # Whatever ends the plan early, the session has not advanced: unknown goes to the primary.
+    try:
+        yield from plan
+    except BaseException:
+        _pin(core, session, "taking the position was interrupted")
+        raise
 
 
 def _pin(core: Core, session: Session, why: str) -> None:

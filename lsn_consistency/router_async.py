@@ -341,7 +341,10 @@ class AsyncRouter(BaseRouter):
         )
 
     async def _await_observation(self, step: _steps.AwaitObservation) -> Observation | None:
-        core = self._running()
+        core = self._core
+        if core is None:
+            # The router was closed while a read or a write was under way.
+            return None
         known = core.cluster.nodes[step.node].newest
         if known is not None and known.sent_at >= step.after:
             return known

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from psycopg_pool import ConnectionPool
@@ -24,6 +25,7 @@ from psycopg_pool import ConnectionPool
 from lsn_consistency import AsyncRouter, ConfigurationError, Router, Session
 from tests.cluster.harness import wait_until
 
+CHILDREN = 5
 CHILD_SECONDS = 20.0
 """A child that takes longer is stuck: it is ended, and the scenario fails."""
 
@@ -149,6 +151,11 @@ def given_pool(nodes: Nodes) -> Found:
         return {"before": before, "said": said, "after": write_and_read(router, 3)}
 
 
+def wait_for_reads(reads: list[int]) -> None:
+    seen = len(reads)
+    wait_until(lambda: len(reads) > seen + 20)
+
+
 def under_load(nodes: Nodes) -> Found:
     """Children are forked while many threads read, and each works by itself."""
     ended = threading.Event()
@@ -166,10 +173,9 @@ def under_load(nodes: Nodes) -> Found:
         for thread in threads:
             thread.start()
         found = []
-        for number in range(6):
-            seen = len(reads)
-            wait_until(lambda seen=seen: len(reads) > seen + 20)
-            found.append(in_child(lambda number=number: write_and_read(router, number)))
+        for number in range(CHILDREN):
+            wait_for_reads(reads)
+            found.append(in_child(partial(write_and_read, router, number)))
         ended.set()
         for thread in threads:
             thread.join(CHILD_SECONDS)

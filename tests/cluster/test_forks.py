@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lsn_consistency.testing import EmbeddedCluster
+from tests.cluster.forking import CHILDREN
 from tests.cluster.harness import Kind
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +71,7 @@ def test_a_given_pool_belongs_to_its_process(pg: EmbeddedCluster, table: str) ->
 def test_a_fork_beside_reading_threads_does_not_hang(pg: EmbeddedCluster, table: str) -> None:
     """Whatever lock a thread held in the moment of the fork, the child reads and writes."""
     found = run(pg, "under_load")
-    assert {"children": [1] * 6, "parent": 1} == found
+    assert {"children": [1] * CHILDREN, "parent": 1} == found
 
 
 def test_an_open_async_router_is_opened_anew_in_a_child(pg: EmbeddedCluster, table: str) -> None:

@@ -70,9 +70,7 @@ def backends(pg: EmbeddedCluster) -> dict[str, tuple[int, int]]:
 
 def wait_gone(pg: EmbeddedCluster) -> None:
     """Wait until no node has a connection left; the server takes a moment to notice an end."""
-    wait_until(
-        lambda: set(backends(pg).values()) == {(0, 0)}, describe=lambda: str(backends(pg))
-    )
+    wait_until(lambda: set(backends(pg).values()) == {(0, 0)}, describe=lambda: str(backends(pg)))
 
 
 USES: dict[str, Callable[[App], object]] = {

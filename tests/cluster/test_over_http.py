@@ -78,9 +78,7 @@ def test_a_browser_over_http(web: Web, pg: EmbeddedCluster) -> None:
 
 
 @pytest.mark.parametrize("carrier", ["cookie", "header"])
-def test_a_websocket_starts_from_its_handshake(
-    web: Web, pg: EmbeddedCluster, carrier: str
-) -> None:
+def test_a_websocket_starts_from_its_handshake(web: Web, pg: EmbeddedCluster, carrier: str) -> None:
     """What its client wrote before is read in a websocket, by the token of the handshake."""
     with web.browser(header=True) as client:
         client.add(1)
@@ -94,9 +92,7 @@ def test_a_websocket_starts_from_its_handshake(
 
 
 @pytest.mark.parametrize("carrier", ["cookie", "header"])
-def test_a_websocket_sends_its_token_in_accept(
-    web: Web, pg: EmbeddedCluster, carrier: str
-) -> None:
+def test_a_websocket_sends_its_token_in_accept(web: Web, pg: EmbeddedCluster, carrier: str) -> None:
     """What was written before the accept is read by the client's next request."""
     with talking(web, "/chat?write", {}) as connection:
         assert connection.response is not None

@@ -32,7 +32,7 @@ from tests.cluster.web import (
 )
 
 CLIENTS = 10
-ROUNDS = 15
+ROUNDS = 10
 DOWN = (Reason.WITHIN_LAG, Reason.PRIMARY_DOWN)
 
 

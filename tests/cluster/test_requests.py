@@ -46,7 +46,7 @@ from tests.cluster.web import (
 )
 
 CLIENTS = 100
-FORGERIES = 1200
+FORGERIES = 800
 AT_ONCE = 25
 STALL_SECONDS = 0.5
 """Far below what the waits of these tests take, and far above a request that waits for nothing."""
@@ -169,7 +169,7 @@ def until_row_is_seen(reader: Browser) -> list[Look]:
 
 def test_read_your_writes_leaves_gets_alone(kind: Kind, pg: EmbeddedCluster, table: str) -> None:
     """READ_YOUR_WRITES: a GET sends no token, so a reader may see a row and miss it again."""
-    options = {**PATIENT, "consistency": Consistency.READ_YOUR_WRITES}
+    options: dict[str, Any] = {**PATIENT, "consistency": Consistency.READ_YOUR_WRITES}
     with open_web(kind, pg, **options) as web:
         pg.replicas["replica_2"].pause_replay()
         web.browser().add(1)
@@ -319,7 +319,11 @@ def test_forged_tokens_are_harmless(
     """No 5xx, none accepted; by default none brings a read to the primary, or makes it wait."""
     level = Consistency.READ_YOUR_WRITES
     count = FORGERIES if on_bad_token == "ignore" else FORGERIES // 4
-    options = {"consistency": level, "middleware": {"on_bad_token": on_bad_token}, **PATIENT}
+    options: dict[str, Any] = {
+        "consistency": level,
+        "middleware": {"on_bad_token": on_bad_token},
+        **PATIENT,
+    }
     with open_web(kind, pg, **options) as web:
         genuine = web.browser().add(1).headers[HEADER]
         pg.wait_caught_up()

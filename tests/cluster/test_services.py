@@ -83,9 +83,7 @@ def two_services(kind: Kind, pg: EmbeddedCluster, *, passing: bool = True) -> It
             yield web
 
 
-async def in_back(
-    back: Web, method: str, path: str, headers: dict[str, str]
-) -> httpx.Response:
+async def in_back(back: Web, method: str, path: str, headers: dict[str, str]) -> httpx.Response:
     """Send a request to a service that runs on another loop, from this one."""
     client = back.browser(cookies=False)
     future = back.start(client.send(method, path, headers=headers))

@@ -46,7 +46,7 @@ from tests.cluster.harness import CALL_SECONDS, Kind, running_loop, wait_until
 SECRET = "a key that only these tests know, 32 bytes or more"
 CODEC = TokenCodec(SECRET)
 HEADER = "X-Consistency-Token"
-PATIENT: Mapping[str, float] = {"max_lag_seconds": 60.0, "pin_seconds": 60.0}
+PATIENT: Mapping[str, Any] = {"max_lag_seconds": 60.0, "pin_seconds": 60.0}
 """Options with which a paused replica serves reads without a token for as long as a test takes."""
 
 INSERT = "INSERT INTO items (id) VALUES (%s) RETURNING pg_current_wal_insert_lsn()::text"
@@ -340,6 +340,7 @@ def open_web(
     is wrapped around the application, or with ``outermost=False`` added to it.
     """
     events: list[Event] = []
+    options.setdefault("poll_interval", 0.05)
     store = Store(kind, make_router(kind, pg, on_event=events.append, **options))
     starlette = make_app(store)
     app: ASGIApp = starlette
@@ -351,11 +352,21 @@ def open_web(
     before = set(threading.enumerate())
     if real:
         with running_loop() as loop, _uvicorn(app) as base_url:
-            yield Web(store, app, loop, events, base_url)
+            yield _measured(Web(store, app, loop, events, base_url))
     else:
         with _running(starlette) as loop:
-            yield Web(store, app, loop, events)
+            yield _measured(Web(store, app, loop, events))
     wait_until(lambda: not _new_threads(before), describe=lambda: str(_new_threads(before)))
+
+
+def _measured(web: Web) -> Web:
+    # A replica that is paused before its lag was measured once has an unknown lag, and serves none.
+    def is_measured() -> bool:
+        nodes = web.router.snapshot().values()
+        return all(node["role"] == "primary" or node["lag_seconds"] is not None for node in nodes)
+
+    wait_until(is_measured, describe=lambda: str(web.router.snapshot()))
+    return web
 
 
 def _new_threads(before: set[threading.Thread]) -> list[threading.Thread]:
