@@ -45,7 +45,7 @@ class BaseRouter:
         self._check_pool_options()
         self._core: Core | None = None
         self._pools: dict[str, Any] = {}
-        self._given_is_inherited = False
+        self._inherited_names: list[str] = []
         _routers.add(self)
 
     @property
@@ -81,7 +81,7 @@ class BaseRouter:
         return core.cluster.snapshot(core.clock(), core.unix_clock())
 
     def _running(self) -> Core:
-        if self._core is None and self._given_is_inherited:
+        if self._core is None and self._inherited_names:
             raise self._inherited_pool()
         if self._core is None:
             raise ConfigurationError(
@@ -104,7 +104,7 @@ class BaseRouter:
 
     def _open_given(self, name: str) -> Any:
         pool = self._sources[name]
-        if self._given_is_inherited:
+        if self._inherited_names:
             raise self._inherited_pool()
         if pool.closed:
             raise ConfigurationError(
@@ -113,7 +113,7 @@ class BaseRouter:
         return pool
 
     def _inherited_pool(self) -> ConfigurationError:
-        names = ", ".join(name for name in self._sources if self._is_given(name))
+        names = ", ".join(self._inherited_names)
         return ConfigurationError(
             f"the pool of {names} was opened before a fork and belongs to the parent process: "
             "give the router a conninfo, or make pool and router in each process"
@@ -172,7 +172,11 @@ class BaseRouter:
         self._core = None
         self._pools = {}
         # A pool has threads, or tasks, of its own, which a fork does not copy.
-        self._given_is_inherited = any(map(self._is_given, self._sources))
+        self._inherited_names = [
+            name
+            for name, source in self._sources.items()
+            if self._is_given(name) and not source.closed
+        ]
 
 
 def _after_fork_in_child() -> None:

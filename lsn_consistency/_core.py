@@ -151,11 +151,16 @@ class Core:
         that is merely some milliseconds behind keeps its connections.
         """
         now = self.clock()
-        lags = self.cluster.lag_seconds(seen, now) > self.settings.max_lag_seconds / 2
-        if not lags or now - self._recycled_at < RECYCLE_INTERVAL_SECONDS:
+        if not self.lags(seen) or now - self._recycled_at < RECYCLE_INTERVAL_SECONDS:
             return False
         self._recycled_at = now
         return True
+
+    def lags(self, seen: Observation) -> bool:
+        """
+        Tell whether a server is behind by more than what a moment's lag could be.
+        """
+        return self.cluster.lag_seconds(seen, self.clock()) > self.settings.max_lag_seconds / 2
 
     @property
     def poll_seconds(self) -> float:

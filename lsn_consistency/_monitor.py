@@ -31,6 +31,10 @@ WAITING_POLL_SECONDS: Final = 0.004
 _logger = logging.getLogger("lsn_consistency")
 _LONG_AGO: Final = float("-inf")
 
+FIRST_PATIENCE_SECONDS: Final = 0.5
+MAX_PATIENCE_SECONDS: Final = 30.0
+"""Times between two new connections to a server that lags, the next one twice as long."""
+
 Connect = Callable[[], Awaitable[Any]]
 
 
@@ -49,6 +53,8 @@ class Monitor:
         self._identity: Identity | None = None
         self._awake = asyncio.Event()
         self._probed_at = _LONG_AGO
+        self._patience = FIRST_PATIENCE_SECONDS
+        self._leaves_at = _LONG_AGO
 
     def kick(self) -> None:
         """
@@ -116,6 +122,19 @@ class Monitor:
             core.failed(self.name, error)
         else:
             core.observed(self.name, seen, sample=True)
+            self._leave_if_lagging(seen)
+
+    def _leave_if_lagging(self, seen: Observation) -> None:
+        # An endpoint may hide other servers than the one that is watched: a new connection may
+        # reach a better one, and shows that there are several.
+        core = self._core
+        now = core.clock()
+        if not seen.in_recovery or not core.lags(seen):
+            self._patience = FIRST_PATIENCE_SECONDS
+        elif now >= self._leaves_at:
+            self._close()
+            self._leaves_at = now + self._patience
+            self._patience = min(2 * self._patience, MAX_PATIENCE_SECONDS)
 
     async def _observe(self) -> Observation:
         timeout = self._core.settings.probe_timeout

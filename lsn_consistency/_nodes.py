@@ -150,6 +150,7 @@ class Cluster:
         self.samples = PrimarySamples(settings.poll_interval / 4)
         self.positions = PositionQueue()
         self.system_id: int | None = None
+        self._system_is_certain = False
         self.timeline = 0
         self.primary: Node | None = self.nodes[PRIMARY_NAME]
         self.conflict: str | None = None
@@ -218,16 +219,18 @@ class Cluster:
     def _elect(self) -> None:
         configured = self.nodes[PRIMARY_NAME].newest
         if configured is not None:
+            self._system_is_certain = True
             self._belong_to(configured.server.system_id)
+        elif not self._system_is_certain and (conflict := self._two_systems()):
+            self._belong_to(None)
+            self.conflict, self.primary = conflict, None
+            return
         candidates = [
             (node, node.newest)
             for node in self.all_nodes
             if node.newest is not None and self.is_primary(node.newest)
         ]
         self.conflict = None
-        if self.system_id is None and (conflict := self._foreign_system()):
-            self.conflict, self.primary = conflict, None
-            return
         if not candidates:
             # The last primary stays the one to try while it is unreachable, not while it says
             # that it is none.
@@ -247,9 +250,9 @@ class Cluster:
         self._belong_to(elected.server.system_id)
         self.timeline = highest
 
-    def _foreign_system(self) -> str | None:
-        # Until the configured primary was seen once, only the agreement of all can tell which
-        # system is ours.
+    def _two_systems(self) -> str | None:
+        # Until the configured primary was seen once, only the agreement of all that answer can tell
+        # which system is ours.
         known = {
             node.name: node.newest.server.system_id
             for node in self.all_nodes
@@ -262,7 +265,7 @@ class Cluster:
             "would tell which one is ours, was not seen yet"
         )
 
-    def _belong_to(self, system_id: int) -> None:
+    def _belong_to(self, system_id: int | None) -> None:
         if system_id != self.system_id:
             self.system_id = system_id
             self.timeline = 0

@@ -281,7 +281,7 @@ class Router(BaseRouter):
         super()._after_fork()
         self._monitors = None
         self._open_lock = threading.Lock()
-        if self._given_is_inherited:
+        if self._inherited_names:
             self._opened = False
 
     # Steps

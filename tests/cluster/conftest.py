@@ -22,10 +22,16 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 @pytest.fixture(autouse=True)
 def _healed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Undo a test's faults right after it, lest a frozen server holds up what comes next."""
+    """
+    Start and thaw servers right after the test that stopped or froze them.
+
+    All else the plugin undoes before the next test.
+    """
     yield
-    if "pg_cluster" in request.fixturenames:
-        cluster: EmbeddedCluster = request.getfixturevalue("pg_cluster")
+    if "pg_cluster" not in request.fixturenames:
+        return
+    cluster: EmbeddedCluster = request.getfixturevalue("pg_cluster")
+    if any(node.frozen or not node.running for node in cluster.nodes.values()):
         cluster.heal()
 
 

@@ -15,6 +15,7 @@ import select
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -50,7 +51,7 @@ def in_child(work: Callable[[], Any], *, exits: bool = False) -> Any:
     if child == 0:
         status = 1
         try:
-            os.write(writer, json.dumps(work()).encode())
+            os.write(writer, json.dumps(_outcome(work)).encode())
             status = 0
         finally:
             if not exits or status:
@@ -63,7 +64,14 @@ def in_child(work: Callable[[], Any], *, exits: bool = False) -> Any:
     if not ready:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    return json.loads(text) if text and status == 0 else f"stuck or failed, status {status}"
+    return json.loads(text) if text and status == 0 else f"stuck, status {status}"
+
+
+def _outcome(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except Exception:
+        return traceback.format_exc()
 
 
 # Blocking
@@ -82,8 +90,9 @@ def write_and_read(router: Router, number: int) -> int:
 
 def pool_pids(router: Router) -> list[int]:
     """Return the backends of every connection of every pool."""
+    size = router.settings.pool_options["max_size"]
     with ExitStack() as stack:
-        names = [name for name in router.snapshot() for _ in range(POOL["max_size"])]
+        names = [name for name in router.snapshot() for _ in range(size)]
         conns = [stack.enter_context(router.read(node=name)) for name in names]
         return sorted(conn.info.backend_pid for conn in conns)
 
@@ -151,6 +160,19 @@ def given_pool(nodes: Nodes) -> Found:
         return {"before": before, "said": said, "after": write_and_read(router, 3)}
 
 
+def given_pool_not_open(nodes: Nodes) -> Found:
+    """Pool and router are made before the fork; every process opens both."""
+    pool = ConnectionPool(nodes["primary"], min_size=1, open=False)
+    router = Router(primary=pool, replicas=nodes["replicas"])
+
+    def serve(number: int) -> int:
+        with pool, router:
+            return write_and_read(router, number)
+
+    children = [in_child(partial(serve, number)) for number in (1, 2)]
+    return {"children": children, "parent": serve(3)}
+
+
 def wait_for_reads(reads: list[int]) -> None:
     seen = len(reads)
     wait_until(lambda: len(reads) > seen + 20)
@@ -168,18 +190,22 @@ def under_load(nodes: Nodes) -> Found:
                     conn.execute("SELECT 1")
                 reads.append(1)
 
+    def child(number: int) -> Found:
+        return {"rows": write_and_read(router, number), "pools": pool_pids(router)}
+
     with Router(**nodes, pool_options={"min_size": 8, "max_size": 8}) as router:
+        before = pool_pids(router)
         threads = [threading.Thread(target=read_on) for _ in range(8)]
         for thread in threads:
             thread.start()
         found = []
         for number in range(CHILDREN):
             wait_for_reads(reads)
-            found.append(in_child(partial(write_and_read, router, number)))
+            found.append(in_child(partial(child, number)))
         ended.set()
         for thread in threads:
             thread.join(CHILD_SECONDS)
-        return {"children": found, "parent": write_and_read(router, 100)}
+        return {"before": before, "children": found, "parent": write_and_read(router, 100)}
 
 
 # Async
@@ -269,6 +295,7 @@ SCENARIOS: dict[str, Callable[..., Found]] = {
         blocking,
         blocking_grandchild,
         given_pool,
+        given_pool_not_open,
         under_load,
         open_async,
         opened_in_children,

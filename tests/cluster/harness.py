@@ -440,9 +440,11 @@ def make_table(pg: EmbeddedCluster, name: str) -> str:
     """
     Make an empty table ``(id int primary key, value int)`` that every replica has.
     """
-    pg.primary.execute(f"DROP TABLE IF EXISTS {name}")
-    pg.primary.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, value int NOT NULL DEFAULT 0)")
-    pg.primary.execute(f"GRANT ALL ON {name} TO app")
+    pg.primary.execute(
+        f"DROP TABLE IF EXISTS {name};"
+        f"CREATE TABLE {name} (id int PRIMARY KEY, value int NOT NULL DEFAULT 0);"
+        f"GRANT ALL ON {name} TO app"
+    )
     pg.wait_caught_up()
     return name
 

@@ -135,9 +135,7 @@ def test_cancelled_writes_lose_no_position(pg: EmbeddedCluster) -> None:
     assert 5 < len(committed) < CANCELLED + 1
 
 
-async def _cancelled_writes(
-    app: App, table: str, chance: random.Random
-) -> list[tuple[int, bool]]:
+async def _cancelled_writes(app: App, table: str, chance: random.Random) -> list[tuple[int, bool]]:
     async def write(row: int) -> None:
         async with app.router.write() as conn:
             await conn.execute(f"INSERT INTO {table} VALUES (%s)", [row])
@@ -164,6 +162,15 @@ class _StopItError(Exception):
 INTERRUPTIONS: tuple[type[BaseException], ...] = (_StopItError, KeyboardInterrupt, SystemExit)
 
 
+def _interrupted(entered: Any, number: int, error: type[BaseException]) -> None:
+    with entered() as conn:
+        if number % 2:
+            conn.execute("SELECT 1")
+        if number % 5 == 0:
+            conn.execute("SELECT nonsense")
+        raise error
+
+
 def test_50_interrupted_blocks_leave_nothing_behind(
     opened: OpenRouter, pg: EmbeddedCluster, table: str
 ) -> None:
@@ -174,12 +181,8 @@ def test_50_interrupted_blocks_leave_nothing_behind(
         for number in range(CANCELLED):
             error = INTERRUPTIONS[number % len(INTERRUPTIONS)]
             entered = app.writing if chance.random() < 0.3 else app.reading
-            with pytest.raises((error, psycopg.Error)), entered() as conn:
-                if number % 2:
-                    conn.execute("SELECT 1")
-                if number % 5 == 0:
-                    conn.execute("SELECT nonsense")
-                raise error
+            with pytest.raises((error, psycopg.Error)):
+                _interrupted(entered, number, error)
         _assert_nothing_left(app)
         interrupted = current_session().token.pin_until
         with app.session():

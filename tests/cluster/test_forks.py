@@ -63,15 +63,23 @@ def test_a_given_pool_belongs_to_its_process(pg: EmbeddedCluster, table: str) ->
     """In a child, a router with the application's own pool says what to do instead."""
     found = run(pg, "given_pool")
     assert (1, 3, 1) == (found["before"], len(found["said"]), found["after"])
-    said = "the pool of 'primary' was opened before a fork and belongs to the parent process"
+    said = "the pool of primary was opened before a fork and belongs to the parent process"
     advice = "give the router a conninfo, or make pool and router in each process"
     assert [f"{said}: {advice}"] * 3 == found["said"]
+
+
+def test_a_pool_that_a_child_opens_is_the_childs(pg: EmbeddedCluster, table: str) -> None:
+    """A given pool made at import and not opened serves each process that opens it."""
+    found = run(pg, "given_pool_not_open")
+    assert {"children": [1, 1], "parent": 1} == found
 
 
 def test_a_fork_beside_reading_threads_does_not_hang(pg: EmbeddedCluster, table: str) -> None:
     """Whatever lock a thread held in the moment of the fork, the child reads and writes."""
     found = run(pg, "under_load")
-    assert {"children": [1] * CHILDREN, "parent": 1} == found
+    assert ([1] * CHILDREN, 1) == ([child["rows"] for child in found["children"]], found["parent"])
+    shared = [set(child["pools"]) & set(found["before"]) for child in found["children"]]
+    assert [set()] * CHILDREN == shared
 
 
 def test_an_open_async_router_is_opened_anew_in_a_child(pg: EmbeddedCluster, table: str) -> None:

@@ -50,10 +50,10 @@ def test_reads_leave_a_frozen_replica(
         frozen.freeze()
         time.sleep(POLL + OVERDUE)
         overdue = time.monotonic()
-        after = _reads(app, table, token, PROBE_TIMEOUT + 1.0)
+        after = _reads(app, table, token, PROBE_TIMEOUT + 0.7)
         frozen.thaw()
         app.wait_for(lambda nodes: nodes[frozen.name]["healthy"])
-        again = _reads(app, table, token, 0.5)
+        again = _reads(app, table, token, 0.3)
     assert {frozen.port, well.port} == {port for _, port, _ in before}
     assert {well.port} == {port for _, port, _ in after}
     assert max(seconds for _, _, seconds in after) < PROBE_TIMEOUT + SLACK
@@ -76,6 +76,7 @@ def test_a_read_whose_position_the_frozen_replica_never_showed_does_not_try_it(
             with app.session():
                 app.write(f"INSERT INTO {table} VALUES (%s)", [number])
                 answers.append(app.ask(f"SELECT count(*) FROM {table}"))
+        frozen.thaw()
     assert [(number + 1, well.port) for number in range(30)] == [
         (answer.value, answer.port) for answer in answers
     ]
@@ -98,6 +99,8 @@ def test_with_every_replica_frozen_the_primary_serves_within_the_limits(
         readers = app.each(30, lambda number: _reads(app, table, _some(token, number), 1.2))
         with app.session():
             last = app.ask("SELECT 1")
+        for replica in pg.replicas.values():
+            replica.thaw()
     reads = [read for found in readers for read in found]
     assert {pg.primary.port} == {port for _, port, _ in reads}
     # One after the other each of the two replicas may use up its limits.
@@ -138,7 +141,8 @@ def test_a_router_opens_beside_a_frozen_replica(opened: OpenRouter, pg: Embedded
     closed = time.monotonic() - closing
     assert {pg.replicas["replica_2"].port} == {answer.port for answer in answers}
     assert opening < 1.5 + 1.0
-    assert closed < 2.0
+    # psycopg gives an attempt to connect 2 s at least.
+    assert closed < 3.5
 
 
 def _some(token: Token, number: int) -> Token:

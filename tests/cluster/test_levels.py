@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -254,9 +255,7 @@ def test_an_explicit_token_takes_the_place_of_the_sessions(
     """read(token) and choose(token): that position is reached, whatever the session holds."""
     paused = {"replica_1": pg.replicas["replica_1"]}
     nodes = {name: node.conninfo for name, node in paused.items()}
-    with opened(
-        replicas=nodes, wait_seconds=0.1, max_lag_seconds=30.0, pin_seconds=30.0
-    ) as app:
+    with opened(replicas=nodes, wait_seconds=0.1, max_lag_seconds=30.0, pin_seconds=30.0) as app:
         old = app.token()
         app.choose(old, timeout=5.0)
         paused["replica_1"].pause_replay()
@@ -284,7 +283,7 @@ def test_an_explicit_token_takes_the_place_of_the_sessions(
 
 def test_a_node_can_be_forced(opened: OpenRouter, pg: EmbeddedCluster, table: str) -> None:
     """node= names a node and skips the decision: FORCED, read-only, the primary too."""
-    with opened(wait_seconds=5.0) as app:
+    with opened(wait_seconds=5.0, connect_timeout=0.5) as app:
         pg.replicas["replica_2"].pause_replay()
         app.write(f"INSERT INTO {table} VALUES (1)")
         answers = {name: app.ask(f"SELECT count(*) FROM {table}", node=name) for name in pg.nodes}
@@ -292,7 +291,7 @@ def test_a_node_can_be_forced(opened: OpenRouter, pg: EmbeddedCluster, table: st
             app.read(f"INSERT INTO {table} VALUES (2)", node="primary")
         with pytest.raises(ConfigurationError, match="nowhere"):
             app.read("SELECT 1", node="nowhere")
-        pg.replicas["replica_1"].stop()
+        pg.replicas["replica_1"].stop("immediate")
         with pytest.raises((psycopg.OperationalError, psycopg.errors.Error)):
             app.read("SELECT 1", node="replica_1")
     assert {name: node.port for name, node in pg.nodes.items()} == {
@@ -452,17 +451,24 @@ def test_a_read_that_waits_for_its_turn_on_the_primary_gets_it(
 # Writes
 
 
+def _write_and_raise(
+    app: App, table: str, before: Callable[[Connection], Any] = lambda _: None
+) -> None:
+    with app.writing() as conn:
+        conn.execute(f"INSERT INTO {table} VALUES (1)")
+        before(conn)
+        raise ZeroDivisionError
+
+
 def test_a_write_that_raises_rolls_back(
     opened: OpenRouter, pg: EmbeddedCluster, table: str
 ) -> None:
     """An exception in the block rolls the transaction back, and the connection is used again."""
     with opened(wait_seconds=5.0) as app:
-        with pytest.raises(ZeroDivisionError), app.writing() as conn:
-            conn.execute(f"INSERT INTO {table} VALUES (1)")
-            raise ZeroDivisionError
-        with pytest.raises(psycopg.errors.UniqueViolation), app.writing() as conn:
-            conn.execute(f"INSERT INTO {table} VALUES (2)")
-            conn.execute(f"INSERT INTO {table} VALUES (2)")
+        with pytest.raises(ZeroDivisionError):
+            _write_and_raise(app, table)
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            app.write(f"INSERT INTO {table} VALUES (2), (2)")
         app.write(f"INSERT INTO {table} VALUES (3)")
         rows = app.read(f"SELECT id FROM {table}")
     assert [(3,)] == rows
@@ -477,10 +483,8 @@ def test_a_block_that_commits_and_then_raises_still_advances_the_session(
         for replica in pg.replicas.values():
             replica.pause_replay()
         with app.session() as session:
-            with pytest.raises(ZeroDivisionError), app.writing() as conn:
-                conn.execute(f"INSERT INTO {table} VALUES (1)")
-                conn.commit()
-                raise ZeroDivisionError
+            with pytest.raises(ZeroDivisionError):
+                _write_and_raise(app, table, Connection.commit)
             answer = app.ask(f"SELECT count(*) FROM {table}")
             wrote = session.wrote
     assert (1, pg.primary.port, True) == (answer.value, answer.port, wrote)

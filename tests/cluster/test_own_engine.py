@@ -159,7 +159,7 @@ def test_a_primary_that_is_down_pins_the_client(
 ) -> None:
     """A position that cannot be taken is no error: the client reads from the primary meanwhile."""
     replicas = {node.port for node in pg.replicas.values()}
-    with open_web(kind, pg, probe_timeout=0.3, **PATIENT) as web:
+    with open_web(kind, pg, probe_timeout=0.3, connect_timeout=0.5, **PATIENT) as web:
         client, stranger = web.browser(header=True), web.browser()
         pg.primary.stop()
         now = time.time()

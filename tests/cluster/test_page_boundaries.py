@@ -1,4 +1,4 @@
-"""Commits that end where a page or a segment ends: no replica may be waited for in vain (facts 2)."""
+"""Commits that end where a page or a segment ends, and are waited for in vain (facts 2)."""
 
 from __future__ import annotations
 

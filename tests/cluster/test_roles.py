@@ -170,12 +170,11 @@ def test_positions_of_other_systems_change_nothing(
 ) -> None:
     """A token may carry the positions of databases that this router does not know."""
     foreign = Token([Position(4711, 3, Lsn.parse("FFFF/0"))])
-    with opened(wait_seconds=5.0) as app:
-        with app.session(foreign):
-            before = app.ask("SELECT 1", consistency=Consistency.READ_YOUR_WRITES)
-            app.write(f"INSERT INTO {table} VALUES (1)")
-            after = app.ask(f"SELECT count(*) FROM {table}")
-            token = current_session().token
+    with opened(wait_seconds=5.0) as app, app.session(foreign):
+        before = app.ask("SELECT 1", consistency=Consistency.READ_YOUR_WRITES)
+        app.write(f"INSERT INTO {table} VALUES (1)")
+        after = app.ask(f"SELECT count(*) FROM {table}")
+        token = current_session().token
     assert Reason.WITHIN_LAG == before.route.reason
     assert (1, Reason.CAUGHT_UP) == (after.value, after.route.reason)
     assert foreign.positions[4711] == token.positions[4711]

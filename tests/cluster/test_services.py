@@ -93,12 +93,12 @@ async def in_back(back: Web, method: str, path: str, headers: dict[str, str]) ->
 def test_the_token_travels_through_services(kind: Kind, pg: EmbeddedCluster, table: str) -> None:
     """What one service wrote the other reads, in both directions, and so does the client."""
     with two_services(kind, pg) as web:
-        client = web.browser()
+        clients = [web.browser() for _ in range(3)]
         pause(pg)
-        there = client.look("/read-there")
-        here = client.look("/read-here")
-        client.get("/write-there").raise_for_status()
-        mine = client.look()
+        there = clients[0].look("/read-there")
+        here = clients[1].look("/read-here")
+        clients[2].get("/write-there").raise_for_status()
+        mine = clients[2].look()
     primary = pg.primary.port
     assert Look([1], primary, Reason.NOT_CAUGHT_UP) == there
     assert Look([1, 2], primary, Reason.NOT_CAUGHT_UP) == here

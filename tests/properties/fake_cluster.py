@@ -2,8 +2,8 @@
 A PostgreSQL cluster without PostgreSQL: servers that know the truth, and a driver for the plans.
 
 `Server` keeps what really is visible on it. `Simulation` carries out the steps of the plans as the
-routers do, on a clock of its own, one step at a time and in any order. Rows go through the package's
-own reading of rows, so what a plan learns is what a server would have said.
+routers do, on a clock of its own, one step at a time and in any order. Rows go through the reading
+of rows in `_sql`, so what a plan learns is what a server would have said.
 """
 
 from __future__ import annotations
@@ -437,7 +437,7 @@ class Simulation:
         assert {name: set() for name in self.endpoints} == {
             name: each.out for name, each in self.endpoints.items()
         }
-        assert {name: 0 for name in self.endpoints} == {
+        assert dict.fromkeys(self.endpoints, 0) == {
             name: node.in_flight for name, node in cluster.nodes.items()
         }
         assert cluster.fallback_reads == 0

@@ -209,7 +209,11 @@ class DecisionMachine(RuleBasedStateMachine):
 
     # Tokens and load
 
-    @rule(pin=st.sampled_from((None, -1.0, 2.0)), mine=st.booleans(), others=st.sampled_from((0, 1, 8)))
+    @rule(
+        pin=st.sampled_from((None, -1.0, 2.0)),
+        mine=st.booleans(),
+        others=st.sampled_from((0, 1, 8)),
+    )
     def carry(self, pin: float | None, mine: bool, others: int) -> None:
         """A token may name foreign systems, be full, be pinned, or be ahead of everything."""
         positions = [Position(2**63 + number, 1, Lsn(START)) for number in range(others)]
@@ -228,9 +232,7 @@ class DecisionMachine(RuleBasedStateMachine):
     def fall_back(self, name: str) -> None:
         """Count a fallback read in; over the limit it is not counted."""
         before = len(self.fallbacks)
-        entered = self.world.core.cluster.enter(
-            self.world.core.cluster.nodes[name], fallback=True
-        )
+        entered = self.world.core.cluster.enter(self.world.core.cluster.nodes[name], fallback=True)
         assert entered == (before < 2)
         if entered:
             self.fallbacks.append(name)
@@ -248,8 +250,16 @@ class DecisionMachine(RuleBasedStateMachine):
         refreshed=st.booleans(),
         down=st.sampled_from((False, False, True)),
         excluded=st.sampled_from((None, None, "a", "b")),
+        refused=st.sampled_from((None, None, "a", "b")),
     )
-    def read(self, waited: bool, refreshed: bool, down: bool, excluded: str | None) -> None:
+    def read(
+        self,
+        waited: bool,
+        refreshed: bool,
+        down: bool,
+        excluded: str | None,
+        refused: str | None,
+    ) -> None:
         """Every level reads with every token."""
         for level in LEVELS:
             for token in self.tokens:
@@ -258,6 +268,7 @@ class DecisionMachine(RuleBasedStateMachine):
                 read.waiting_since = 0.0 if waited else None
                 read.primary_error = ConnectionError("down") if down else None
                 read.excluded = {excluded} if excluded else set()
+                read.refused = {refused} if refused else set()
                 self.check(read)
 
     def check(self, read: Read) -> None:
@@ -316,7 +327,7 @@ class DecisionMachine(RuleBasedStateMachine):
         required = self.required(read)
         assert seen is not None, "an unknown replica is named"
         assert seen.in_recovery
-        assert name not in read.excluded
+        assert name not in read.excluded | read.refused
         assert read.level != Consistency.STRONG
         until = read.token.pin_until
         if read.level.uses_token or read.level.name == "sticky":

@@ -28,7 +28,17 @@ steps = st.lists(
         Step,
         st.sampled_from((0.0, 0.01, 0.1, 0.3, 0.59, 0.7, 2.0)),
         st.sampled_from(
-            ("commit", "asynchronous", "asynchronous", "tail", "flush", "probe", "probe", "probe", "crash")
+            (
+                "commit",
+                "asynchronous",
+                "asynchronous",
+                "tail",
+                "flush",
+                "probe",
+                "probe",
+                "probe",
+                "crash",
+            )
         ),
     ),
     max_size=40,
@@ -37,7 +47,12 @@ latencies = st.sampled_from((0.0, 0.005, 0.4))
 
 
 def observed(
-    time: float, insert: int, flush: int | None = None, *, received: float | None = None, **kept: object
+    time: float,
+    insert: int,
+    flush: int | None = None,
+    *,
+    received: float | None = None,
+    **kept: object,
 ) -> Observation:
     """Observe the primary, or with ``in_recovery=True`` a replica at ``insert``."""
     values: dict[str, object] = {

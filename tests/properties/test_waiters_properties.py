@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lsn_consistency import Position, _waiters
 from lsn_consistency._observation import Observation, Server
@@ -20,7 +21,9 @@ timelines = st.sampled_from((1, 2))
 lsns = st.integers(0, 20)
 
 
-def observed(lsn: int | None, system: int = 7, timeline: int | None = 1, at: float = 0.0) -> Observation:
+def observed(
+    lsn: int | None, system: int = 7, timeline: int | None = 1, at: float = 0.0
+) -> Observation:
     """Observe a replica."""
     place = Server(system, "a", 5432, "1")
     return Observation(place, True, timeline, None if lsn is None else Lsn(lsn), at, at)
@@ -102,7 +105,6 @@ class QueueMachine(RuleBasedStateMachine):
         expected = [waiter for _, waiter in self.model.observations]
         self.expect(expected, self.observations.release_all(), None)
 
-    @precondition(lambda self: True)
     @rule()
     def take_turn(self) -> None:
         first = self.turns.release_first()
@@ -180,13 +182,13 @@ def test_a_release_touches_only_the_released(monkeypatch: pytest.MonkeyPatch) ->
     for lsn in range(10_000):
         queue.add(Position(7, 1, Lsn(lsn)), Waiter(nothing, queue))
     popped: list[Any] = []
-    heappop = _waiters.heapq.heappop
+    heappop = heapq.heappop
 
     def counted(heap: list[Any]) -> Any:
         popped.append(1)
         return heappop(heap)
 
-    monkeypatch.setattr(_waiters.heapq, "heappop", counted)
+    monkeypatch.setattr(heapq, "heappop", counted)
     assert len(queue.release(observed(2))) == 3
     assert len(popped) == 3
     assert queue.release(observed(2)) == []
@@ -197,13 +199,13 @@ def test_giving_up_costs_little_on_average(monkeypatch: pytest.MonkeyPatch) -> N
     """Ten thousand who wait and give up one after the other do not rebuild the heap each time."""
     queue = PositionQueue()
     rebuilt: list[int] = []
-    heapify = _waiters.heapq.heapify
+    heapify = heapq.heapify
 
     def counted(heap: list[Any]) -> None:
         rebuilt.append(len(heap))
         heapify(heap)
 
-    monkeypatch.setattr(_waiters.heapq, "heapify", counted)
+    monkeypatch.setattr(heapq, "heapify", counted)
     waiters = [Waiter(nothing, queue) for _ in range(10_000)]
     for lsn, waiter in enumerate(waiters):
         queue.add(Position(7, 1, Lsn(lsn)), waiter)

@@ -190,7 +190,7 @@ def test_a_block_takes_a_level() -> None:
         consistency("strong")  # type: ignore[arg-type]
 
 
-SECRETS = ("", [], [""], ["key", ""], None, 5, b"")
+SECRETS: tuple[Any, ...] = ("", [], [""], ["key", ""], None, 5, b"")
 
 
 @pytest.mark.parametrize("secret", SECRETS, ids=repr)

@@ -27,7 +27,6 @@ from lsn_consistency._steps import (
     Checkout,
     Fetch,
     NodeFailure,
-    Return,
     SetReadOnly,
 )
 from lsn_consistency.events import FallbackLimited, LagExceeded, PositionUnknown, ReadRouted
@@ -105,8 +104,7 @@ def _too_late(world: Simulation) -> Work:
 def _limited(world: Simulation) -> Work:
     cluster = world.core.cluster
     cluster.enter(cluster.nodes["primary"], fallback=True)
-    work = _behind(world)
-    return work
+    return _behind(world)
 
 
 def _strong(world: Simulation) -> Work:
@@ -229,7 +227,6 @@ def test_a_failure_at_any_step_gives_back_all_and_forgets_no_position(
     situation: str, world: str, down: bool
 ) -> None:
     """A step that fails on its node, wherever it is, costs nothing but another attempt."""
-
     failed: list[str] = []
 
     def fail(operation: Operation) -> bool:
@@ -249,3 +246,544 @@ def test_a_failure_at_any_step_gives_back_all_and_forgets_no_position(
             limited = isinstance(work.operation.error, FallbackLimitError)
             assert work.lease is not None or limited
     assert points >= 2
+
+
+# A read's rules
+
+
+def test_a_connection_older_than_the_last_crash_is_asked_itself() -> None:
+    """What was observed before a connection was opened says nothing about its server."""
+    world = ready_world()
+    token = token_now(world)
+    server = next(s for s in world.servers if s.name == "a")
+    server.crash(1.0, postmaster=False)
+    read = world.core.new_read(Session(token), None, None)
+    for name in ("b", "c"):
+        read.excluded.add(name)
+    opened = run(world, _plans.open_read(world.core, Session(token), read))
+    assert opened.result.route.is_primary
+
+
+def test_a_fresh_observation_of_the_monitor_saves_the_question() -> None:
+    """An observation made after the connection was opened counts for it, at no round trip."""
+    world = ready_world()
+    session = Session(token_now(world))
+    lease = open_read(world, session).result
+    close_read(world, session, lease)
+    world.probe_all(Random(CHANCE))
+    read = world.core.new_read(session, None, None)
+    operation = Operation(world, _plans.open_read(world.core, session, read))
+    steps = []
+    while not operation.done:
+        steps.append(type(operation.step))
+        operation.advance(Random(CHANCE))
+    assert [Checkout, SetReadOnly] == steps
+    assert operation.result.conn is lease.conn
+
+
+def test_an_overdue_observation_makes_the_read_ask() -> None:
+    """When the next probe is overdue, the server is suspect and the connection is asked."""
+    world = ready_world()
+    facts = world.core.facts_of(open_read(world, Session()).result.conn)
+    assert facts is not None
+    fresh = world.core.poll_seconds + 0.25
+    seen = world.core.cluster.nodes[facts.node].newest
+    assert seen is not None
+    assert seen is world.core.usable(facts, seen.received_at + fresh)
+    assert world.core.usable(facts, seen.received_at + fresh + 0.01) is None
+
+
+def test_an_observation_from_before_the_connection_does_not_count() -> None:
+    """The time of an observation is when it was sent, that of a connection when it was there."""
+    world = ready_world()
+    lease = open_read(world, Session()).result
+    facts = world.core.facts_of(lease.conn)
+    seen = world.core.cluster.nodes[lease.node].newest
+    assert facts is not None
+    assert seen is not None
+    facts.opened_at = seen.sent_at
+    assert seen is world.core.usable(facts, world.now)
+    facts.opened_at = seen.sent_at + 1e-9
+    assert world.core.usable(facts, world.now) is None
+
+
+def test_no_observation_counts_behind_a_pooler() -> None:
+    """A pooler outlives its server, so each read asks within its own transaction."""
+    world = ready_world(pooled=True)
+    session = Session(token_now(world))
+    read = world.core.new_read(session, None, None)
+    read.excluded |= {"a"}
+    opened = run(world, _plans.open_read(world.core, session, read))
+    assert opened.result.node == "x"
+    assert opened.result.facts.pooled
+    assert opened.result.conn.in_transaction
+    assert world.core.usable(opened.result.facts, world.now) is None
+
+
+def test_a_replica_with_a_full_pool_is_left_for_another() -> None:
+    """A pool that is busy excludes its node for this read, and is no failure of the node."""
+    world = ready_world()
+    for name in ("a", "b"):
+        world.endpoints[name].full = True
+    session = Session(token_now(world))
+    lease = open_read(world, session).result
+    assert ("c", Reason.CAUGHT_UP) == (lease.node, lease.route.reason)
+    assert [0, 0] == [world.core.cluster.nodes[name].failures for name in ("a", "b")]
+
+
+def test_a_busy_primary_raises_the_pools_own_error() -> None:
+    """A full pool does not make the primary unreachable: the caller gets the pool's error."""
+    world = ready_world()
+    world.endpoints["primary"].full = True
+    opened = open_read(world, Session(), Consistency.STRONG)
+    assert isinstance(opened.error, TimeoutError)
+
+
+def test_one_replica_a_session() -> None:
+    """A session stays with its replica while that satisfies it."""
+    world = ready_world()
+    session = Session()
+    nodes = set()
+    for _ in range(8):
+        lease = open_read(world, session).result
+        nodes.add(lease.node)
+        close_read(world, session, lease)
+    assert nodes == {session.node}
+
+
+def test_a_wait_ends_with_the_replica_that_reaches_the_token() -> None:
+    """A read waits for its token and is served as soon as a replica has it."""
+    world = ready_world()
+    commit(world)
+    session = Session(token_now(world))
+    operation = Operation(
+        world, _plans.open_read(world.core, session, world.core.new_read(session, None, None))
+    )
+    assert isinstance(operation.step, AwaitPosition)
+    operation.advance(Random(CHANCE))
+    for server in world.servers:
+        server.replicate(1.0, 1.0)
+    lease = operation.finish(Random(CHANCE)).result
+    assert lease.route.reason is Reason.CAUGHT_UP
+    assert 0.0 < lease.route.waited_seconds < 0.1
+
+
+def test_without_a_replica_in_time_the_primary_serves_after_the_wait() -> None:
+    """No read waits longer than its limit."""
+    world = ready_world()
+    commit(world)
+    session = Session(token_now(world))
+    before = world.now
+    lease = open_read(world, session).result
+    assert ("primary", Reason.NOT_CAUGHT_UP) == (lease.node, lease.route.reason)
+    assert 0.1 <= lease.route.waited_seconds <= world.now - before <= 0.2
+    assert session.last_route is lease.route
+
+
+def test_probes_that_release_a_wait_in_vain_do_not_end_it() -> None:
+    """A replica that has the token and cannot serve does not use up the wait of the others."""
+    world = ready_world(wait_seconds=1.0, max_lag_seconds=3.0)
+    commit(world)
+    for server in world.servers:
+        server.replicate(1.0, float(server.name == "a"))
+    world.endpoints["a"].full = True
+    world.probe_all(Random(CHANCE))
+    session = Session(token_now(world))
+    lease = open_read(world, session).result
+    assert ("primary", Reason.NOT_CAUGHT_UP) == (lease.node, lease.route.reason)
+    assert lease.route.waited_seconds >= 1.0
+
+
+def test_not_waiting_still_looks_once() -> None:
+    """With ``wait_seconds=0`` each replica is looked at anew before the primary serves."""
+    world = ready_world(wait_seconds=0)
+    commit(world)
+    session = Session(token_now(world))
+    for server in world.servers:
+        server.replicate(1.0, 1.0)
+    assert open_read(world, session).result.route.reason is Reason.CAUGHT_UP
+
+
+def test_with_the_primary_gone_and_the_token_nowhere_the_read_fails() -> None:
+    """Nobody can serve it: `ReplayTimeoutError` carries the position."""
+    world = ready_world()
+    commit(world)
+    session = Session(token_now(world))
+    world.endpoints["primary"].servers[0].stop()
+    world.probe("primary", Random(CHANCE))
+    error = open_read(world, session).error
+    assert isinstance(error, ReplayTimeoutError)
+    assert error.position == session.token.get(SYSTEM)
+
+
+def test_with_the_primary_gone_a_replica_with_the_token_serves() -> None:
+    """Reads whose token a replica satisfies go on."""
+    world = ready_world()
+    session = Session(token_now(world))
+    world.endpoints["primary"].servers[0].stop()
+    for _ in range(3):
+        world.pass_time(1.0)
+        world.probe_all(Random(CHANCE))
+    lease = open_read(world, session).result
+    assert (False, Reason.PRIMARY_DOWN) == (lease.route.is_primary, lease.route.reason)
+
+
+def test_hidden_servers_are_all_tried() -> None:
+    """An endpoint with one server behind and one that is not ends at the one that is not."""
+    world = ready_world(hidden=True)
+    commit(world)
+    for server in world.servers:
+        server.replicate(1.0, float(server.name == "c"))
+    chance = Random(CHANCE)
+    world.endpoints["x"].monitor = None
+    for seed in range(20):
+        world.pass_time(0.6)
+        session = Session(token_now(world))
+        read = world.core.new_read(session, None, None)
+        read.excluded.add("a")
+        operation = Operation(world, _plans.open_read(world.core, session, read))
+        lease = operation.finish(Random(seed)).result
+        assert lease.route.is_primary or lease.conn.server.name == "c"
+        close_read(world, session, lease)
+        world.probe("primary", chance)
+    assert world.core.cluster.nodes["x"].hides_servers
+
+
+def test_lag_exceeded_warns_at_most_every_ten_seconds() -> None:
+    """The primary serves, one warning and one event tell of it."""
+    world = ready_world()
+    for server in world.servers:
+        server.paused = True
+    commit(world)
+    for _ in range(12):
+        world.pass_time(1.0)
+        world.probe_all(Random(CHANCE))
+        commit(world)
+    world.probe_all(Random(CHANCE))
+    reasons = [open_read(world, Session()).result.route.reason for _ in range(3)]
+    assert [Reason.LAG_EXCEEDED] * 3 == reasons
+    events = [event for event in world.events if isinstance(event, LagExceeded)]
+    assert (1, 1) == (len(world.warnings), len(events))
+    assert events[0].limit_seconds == 1.5
+    assert {"a", "b", "c"} == set(events[0].lag_seconds)
+    world.pass_time(10.0)
+    open_read(world, Session())
+    assert len(world.warnings) == 2
+
+
+# The limit of fallback reads
+
+
+def _full(**options: Any) -> tuple[Simulation, Session]:
+    world = ready_world(max_fallback_reads=1, fallback_wait_seconds=0.5, **options)
+    commit(world)
+    session = Session(token_now(world))
+    world.core.cluster.enter(world.core.cluster.nodes["primary"], fallback=True)
+    return world, session
+
+
+def test_over_the_limit_error() -> None:
+    """``"error"`` raises at once, with a hint for Retry-After, and tells the hook."""
+    world, session = _full(on_fallback_limit="error")
+    error = open_read(world, session).error
+    assert isinstance(error, FallbackLimitError)
+    assert (1, 1.0) == (error.limit, error.retry_after_seconds)
+    assert FallbackLimited(1, "error") in world.events
+
+
+def test_over_the_limit_stale() -> None:
+    """``"stale"`` reads from the least lagging replica and flags it."""
+    world, session = _full(on_fallback_limit="stale")
+    lease = open_read(world, session).result
+    route = lease.route
+    assert (False, True, Reason.NOT_CAUGHT_UP) == (route.is_primary, route.stale, route.reason)
+    assert world.core.cluster.fallback_reads == 1
+
+
+def test_over_the_limit_wait_in_vain() -> None:
+    """``"wait"`` raises when no place comes free in its time."""
+    world, session = _full(on_fallback_limit="wait")
+    before = world.now
+    assert isinstance(open_read(world, session).error, FallbackLimitError)
+    assert 0.5 <= world.now - before <= 1.0
+
+
+def test_over_the_limit_wait_for_a_turn() -> None:
+    """``"wait"`` takes the place that comes free."""
+    world, session = _full(on_fallback_limit="wait")
+    read = world.core.new_read(session, None, None)
+    operation = Operation(world, _plans.open_read(world.core, session, read))
+    while not isinstance(operation.step, AwaitTurn):
+        operation.advance(Random(CHANCE))
+    operation.advance(Random(CHANCE))
+    world.core.cluster.leave(world.core.cluster.nodes["primary"], fallback=True)
+    assert operation.finish(Random(CHANCE)).result.route.is_primary
+    assert world.core.cluster.fallback_reads == 1
+
+
+def test_a_place_that_came_free_before_the_wait_is_not_missed() -> None:
+    """Whoever registers after the place was given back is woken at once."""
+    world, _ = _full(on_fallback_limit="wait")
+    cluster = world.core.cluster
+    woken: list[int] = []
+    waiter = cluster.wait_for_fallback(lambda: woken.append(1))
+    assert (1, []) == (len(cluster.fallback_turns), woken)
+    cluster.give_up(waiter)
+    cluster.leave(cluster.nodes["primary"], fallback=True)
+    cluster.wait_for_fallback(lambda: woken.append(1))
+    assert [1] == woken
+    assert len(cluster.fallback_turns) == 0
+
+
+# After a read, and around a write
+
+
+@pytest.mark.parametrize("applying", [False, True])
+def test_a_causal_read_advances_past_what_it_can_have_shown(applying: bool) -> None:
+    """A commit is visible before the replay position covers it; the session covers it."""
+    world = ready_world()
+    commit(world)
+    for server in world.servers:
+        server.replicate(1.0, 0.0)
+        server.applying = applying
+    session = Session()
+    lease = open_read(world, session).result
+    shown = lease.conn.server.visible()
+    close_read(world, session, lease)
+    held = session.token.get(SYSTEM)
+    assert held is not None
+    assert held.lsn >= shown[-1].end
+    assert len(shown) == 1 + applying
+
+
+@pytest.mark.parametrize("level", [Consistency.READ_YOUR_WRITES, Consistency.EVENTUAL])
+def test_other_reads_do_not_advance(level: Consistency) -> None:
+    """Responses stay cacheable: only causal reads add to the token."""
+    world = ready_world()
+    session = Session()
+    lease = open_read(world, session, level).result
+    close_read(world, session, lease)
+    assert Token() == session.token
+
+
+def test_reads_that_end_together_share_one_probe() -> None:
+    """With another read in flight on the node the monitor is asked, once for all."""
+    world = ready_world()
+    session = Session()
+    lease = open_read(world, session).result
+    world.core.cluster.enter(world.core.cluster.nodes[lease.node], fallback=False)
+    plan = _plans.close_read(world.core, session, lease, interrupted=False)
+    operation = Operation(world, plan)
+    started = world.now
+    seen = []
+    while not operation.done:
+        seen.append(operation.step)
+        operation.advance(Random(CHANCE))
+    assert not any(isinstance(step, Fetch) for step in seen)
+    awaited = next(step for step in seen if isinstance(step, AwaitObservation))
+    assert (lease.node, True) == (awaited.node, awaited.after >= started)
+    assert session.token.get(SYSTEM) is not None
+
+
+def test_an_interrupted_read_pins() -> None:
+    """What an interrupted read has shown is unknown: the session keeps to the primary."""
+    world = ready_world()
+    session = Session()
+    lease = open_read(world, session).result
+    run(world, _plans.close_read(world.core, session, lease, interrupted=True))
+    assert session.token.pin_until == pytest.approx(UNIX_EPOCH + world.now + PIN, abs=0.01)
+    assert any(isinstance(event, PositionUnknown) for event in world.events)
+    assert open_read(world, session).result.route.reason is Reason.PRIMARY_REQUIRED
+
+
+def test_a_token_of_an_older_timeline_is_issued_anew() -> None:
+    """After a promotion the primary serves, and the session moves to the new timeline."""
+    world = ready_world()
+    session = Session(token_now(world))
+    old = world.endpoints["primary"].servers[0]
+    old.stop()
+    promoted = next(s for s in world.servers if s.name == "a")
+    promoted.promote(2)
+    world.probe_all(Random(CHANCE))
+    lease = open_read(world, session, Consistency.READ_YOUR_WRITES).result
+    assert ("a", Reason.TIMELINE_CHANGED) == (lease.node, lease.route.reason)
+    close_read(world, session, lease)
+    held = session.token.get(SYSTEM)
+    assert held is not None
+    assert held.timeline == 2
+
+
+def test_a_write_advances_past_its_commit() -> None:
+    """The position is taken after COMMIT, on the connection of the write."""
+    world = ready_world()
+    session = Session()
+    lease = run(world, _plans.open_write(world.core, session)).result
+    done = lease.conn.server.log.commit(world.now, asynchronous=True)
+    closing = Operation(world, _plans.close_write(world.core, session, lease, interrupted=False))
+    assert isinstance(closing.step, Fetch)
+    assert closing.step.conn is lease.conn
+    closing.finish(Random(CHANCE))
+    assert session.wrote
+    assert Position(SYSTEM, 1, Lsn(done.end)) == session.token.get(SYSTEM)
+    assert session.token.pin_until is None
+
+
+def test_a_lost_write_takes_a_fresh_position() -> None:
+    """If the connection dies between COMMIT and capture, the primary is asked anew."""
+    world = ready_world()
+    session = Session()
+    lease = run(world, _plans.open_write(world.core, session)).result
+    done = lease.conn.server.log.commit(world.now, asynchronous=True)
+    lease.conn.closed = True
+    run(world, _plans.close_write(world.core, session, lease, interrupted=False))
+    held = session.token.get(SYSTEM)
+    assert held is not None
+    assert held.lsn >= done.end
+
+
+def test_a_write_without_a_position_pins() -> None:
+    """If the primary is gone after COMMIT, reads keep to the primary: fail closed."""
+    world = ready_world()
+    session = Session()
+    lease = run(world, _plans.open_write(world.core, session)).result
+    lease.conn.server.stop()
+    run(world, _plans.close_write(world.core, session, lease, interrupted=False))
+    assert session.token.pin_until is not None
+    assert session.token.get(SYSTEM) is None
+
+
+def test_a_sticky_write_pins_for_its_seconds() -> None:
+    """At the sticky level no LSN is read; the session is pinned for the level's time."""
+    world = ready_world()
+    for take in ("write", "capture"):
+        session = Session()
+        with at_level(Consistency.sticky(7)):
+            if take == "capture":
+                run(world, _plans.capture(world.core, session))
+            else:
+                lease = run(world, _plans.open_write(world.core, session)).result
+                run(world, _plans.close_write(world.core, session, lease, interrupted=False))
+        assert session.token.positions == {}
+        assert session.token.pin_until == pytest.approx(UNIX_EPOCH + world.now + 7, abs=0.01)
+        assert session.wrote
+
+
+def test_a_write_never_goes_to_a_former_primary() -> None:
+    """A promoted standby stays the primary while it is unreachable and the former one runs."""
+    world = ready_world()
+    promoted = next(s for s in world.servers if s.name == "a")
+    promoted.promote(2)
+    world.probe_all(Random(CHANCE))
+    promoted.stop()
+    world.probe_all(Random(CHANCE))
+    opened = run(world, _plans.open_write(world.core, Session()))
+    assert isinstance(opened.error, ConnectionError)
+
+
+def test_a_write_without_a_primary_says_who_is_none() -> None:
+    """`NoNodeAvailableError` names every node and what it is."""
+    world = ready_world()
+    primary = world.endpoints["primary"].servers[0]
+    primary.is_primary = False
+    world.probe_all(Random(CHANCE))
+    error = run(world, _plans.open_write(world.core, Session())).error
+    assert isinstance(error, NoNodeAvailableError)
+    assert set(error.failures) == {"primary", "a", "b", "c"}
+
+
+def test_the_token_of_the_primary_and_none_without_it() -> None:
+    """`primary_token` is the position now, or an error; a capture pins instead."""
+    world = ready_world()
+    commit(world)
+    assert token_now(world) == run(world, _plans.primary_token(world.core)).result
+    session = Session()
+    run(world, _plans.capture(world.core, session))
+    assert token_now(world) == session.token
+    world.endpoints["primary"].servers[0].stop()
+    error = run(world, _plans.primary_token(world.core)).error
+    assert isinstance(error, NoNodeAvailableError)
+    run(world, _plans.capture(world.core, session))
+    assert session.token.pin_until is not None
+
+
+def test_a_forced_node_is_known_and_not_judged() -> None:
+    """``node=`` skips the decision; a name that is no node's is a configuration error."""
+    world = ready_world()
+    commit(world)
+    session = Session(token_now(world))
+    read = world.core.new_read(session, None, None)
+    lease = run(world, _plans.open_forced(world.core, session, read, "b")).result
+    assert ("b", "replica", Reason.FORCED) == (lease.node, lease.route.role, lease.route.reason)
+    error = run(world, _plans.open_forced(world.core, session, read, "nowhere")).error
+    assert isinstance(error, ConfigurationError)
+    assert "'nowhere'" in str(error)
+
+
+def test_a_choice_opens_nothing() -> None:
+    """`choose` takes no connection, and tells the hook where it went."""
+    world = ready_world()
+    session = Session(token_now(world))
+    route = run(
+        world, _plans.choose(world.core, session, world.core.new_read(session, None, None))
+    ).result
+    assert (Reason.CAUGHT_UP, "replica") == (route.reason, route.role)
+    assert [[], [], [], []] == [each.idle for each in world.endpoints.values()]
+    assert ReadRouted(route) in world.events
+    assert session.node == route.name
+    assert session.last_route is route
+
+
+def test_reads_are_read_only_and_writes_are_not() -> None:
+    """The same connection of the primary serves both, in turn."""
+    for autocommit in (False, True):
+        world = ready_world(autocommit=autocommit)
+        session = Session()
+        for _ in range(3):
+            lease = open_read(world, session, Consistency.STRONG).result
+            assert lease.conn.only_reads
+            close_read(world, session, lease)
+            written = run(world, _plans.open_write(world.core, session)).result
+            assert not written.conn.only_reads
+            run(world, _plans.close_write(world.core, session, written, interrupted=False))
+
+
+def test_a_given_connection_of_a_promoted_server_is_made_read_only() -> None:
+    """A connection that was opened on a standby survives the promotion."""
+    world = ready_world(given=True, autocommit=True)
+    session = Session()
+    read = world.core.new_read(session, None, None)
+    lease = run(world, _plans.open_forced(world.core, session, read, "a")).result
+    close_read(world, session, lease)
+    world.endpoints["primary"].servers[0].stop()
+    lease.conn.server.promote(2)
+    world.probe_all(Random(CHANCE))
+    again = open_read(world, Session(), Consistency.STRONG).result
+    assert again.conn is lease.conn
+    assert again.conn.only_reads
+
+
+@pytest.mark.parametrize(
+    ("state", "lost", "expected"),
+    [
+        ("40001", False, True),
+        ("40P01", False, True),
+        ("57P01", False, True),
+        ("57P02", False, True),
+        ("57P03", False, True),
+        ("57014", False, False),
+        ("25006", False, False),
+        ("57P04", False, False),
+        (None, False, False),
+        (None, True, True),
+    ],
+)
+def test_only_conflicts_and_lost_connections_run_again(
+    state: str | None, lost: bool, expected: bool
+) -> None:
+    """A statement time-out is the caller's; a recovery conflict is the replica's."""
+    assert expected == is_retriable(state, lost=lost)
+
+
+def test_begin_behind_a_pooler_is_read_committed() -> None:
+    """A snapshot of REPEATABLE READ would be taken before the check."""
+    assert b"read committed read only" in _sql.BEGIN_READ_COMMITTED

@@ -16,9 +16,7 @@ ASYNC_IN_BOTH = {"lifespan"}
 
 
 def _public(router: type[Any]) -> dict[str, Any]:
-    return {
-        name: member for name, member in inspect.getmembers(router) if not name.startswith("_")
-    }
+    return {name: member for name, member in inspect.getmembers(router) if not name.startswith("_")}
 
 
 NAMES = sorted(set(_public(Router)) | set(_public(AsyncRouter)))
