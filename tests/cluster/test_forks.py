@@ -63,9 +63,10 @@ def test_a_given_pool_belongs_to_its_process(pg: EmbeddedCluster, table: str) ->
     """In a child, a router with the application's own pool says what to do instead."""
     found = run(pg, "given_pool")
     assert (1, 3, 1) == (found["before"], len(found["said"]), found["after"])
-    said = "the pool of primary was opened before a fork and belongs to the parent process"
-    advice = "give the router a conninfo, or make pool and router in each process"
-    assert [f"{said}: {advice}"] * 3 == found["said"]
+    for said in found["said"]:
+        assert "primary" in said
+        assert "was opened before a fork and belongs to the parent process" in said
+        assert "give the router a conninfo, or make pool and router in each process" in said
 
 
 def test_a_pool_that_a_child_opens_is_the_childs(pg: EmbeddedCluster, table: str) -> None:

@@ -151,13 +151,12 @@ def test_nothing_is_left_after_close(made: Made, pg: EmbeddedCluster, table: str
 
     with made() as app:
         open_it(app)
-        during = backends(pg)
+        wait_until(lambda: {1} == {monitors for monitors, _ in backends(pg).values()})
         counts = app.each(12, client)
         app.close()
         wait_gone(pg)
         wait_until(lambda: not leftovers(app, before), describe=lambda: str(leftovers(app, before)))
     assert [1] * 12 == counts
-    assert {1} == {monitors for monitors, _ in during.values()}
 
 
 def leftovers(app: App, before: set[threading.Thread]) -> list[str]:

@@ -18,7 +18,7 @@ PROBES_A_SECOND = 250
 """One probe in four milliseconds; with a probe of its own each reader would make as many."""
 
 _BACKENDS = """
-    SELECT application_name, query_start, query
+    SELECT application_name, state, query_start, query
     FROM pg_stat_activity
     WHERE backend_type = 'client backend' AND application_name <> 'watch'
 """
@@ -30,8 +30,10 @@ class Activity:
     Hold what a server says of the connections of a router, seen again and again.
     """
 
-    monitors: set[int] = field(default_factory=set)
-    """How many monitor connections there were at once."""
+    probes: int = 0
+    """How many probes were in flight at once, at most."""
+    connections: int = 0
+    """How many monitor connections there were at once, at most."""
     others: set[str] = field(default_factory=set)
     """Statements that the pools' connections began while it was watched."""
     looks: int = 0
@@ -49,11 +51,12 @@ class Activity:
                 assert began is not None
                 while not done.is_set():
                     rows = conn.execute(_BACKENDS).fetchall()
-                    monitors = [row for row in rows if row[0] == "lsn_consistency"]
-                    self.monitors.add(len(monitors))
+                    monitors = [state for name, state, *_ in rows if name == "lsn_consistency"]
+                    self.probes = max(self.probes, monitors.count("active"))
+                    self.connections = max(self.connections, len(monitors))
                     self.others.update(
                         query
-                        for name, start, query in rows
+                        for name, _, start, query in rows
                         if name != "lsn_consistency" and start is not None and start > began[0]
                     )
                     self.looks += 1
@@ -104,8 +107,9 @@ def test_200_readers_of_a_position_that_no_replica_has_share_one_probe(
     assert took < 3.0
     for activity in activities.values():
         assert activity.looks > 20
-        # A connection has one statement in flight at most, so one connection is the proof.
-        assert {1} == activity.monitors
+        assert activity.probes <= 1
+        # A monitor may leave its connection for another while its node serves nobody.
+        assert 1 <= activity.connections <= 2
         assert set() == activity.others
     # Each look of the watcher is a transaction, too.
     assert rate < PROBES_A_SECOND + activities["replica_1"].looks / 1.5 + 50

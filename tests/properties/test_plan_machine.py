@@ -124,6 +124,7 @@ class ReadWork(Work):
         world, session = self.world, self.client.session
         read = world.core.new_read(session, None, self.level)
         self.must_see = list(self.client.must_see)
+        self.seen: list[Commit] = []
         self.covered = [commit for commit in self.must_see if self.client.covers(commit)]
         plan = (
             _plans.open_forced(world.core, session, read, self.forced)
@@ -144,7 +145,7 @@ class ReadWork(Work):
             left = conn.endpoint.given and conn.autocommit and not lease.route.is_primary
             assert conn.only_reads or left
             if self.level == Consistency.CAUSAL:
-                self.client.must_see += conn.server.visible()
+                self.seen = conn.server.visible()
         else:
             conn.closed = True
         # The block's end closes the transaction that the check opened.
@@ -177,7 +178,9 @@ class ReadWork(Work):
     def closed(self, lease: Lease) -> None:
         pinned = _is_pinned(self.client.session, self.world)
         if self.level == Consistency.CAUSAL and not self.limited(lease):
-            assert pinned or all(map(self.client.covers, self.client.must_see))
+            assert pinned or all(map(self.client.covers, self.seen))
+            # From now on: what runs beside this read need not be in its order.
+            self.client.must_see += self.seen
 
     def limited(self, lease: Lease) -> bool:
         # Without a walreceiver and without a primary there is no bound; docs/limits.md says so.
@@ -204,7 +207,6 @@ class WriteWork(Work):
         if conn.is_alive and conn.server.is_primary and what != "nothing":
             log = conn.server.log
             self.commit = log.commit(world.now, asynchronous=what == "asynchronous")
-            self.client.must_see.append(self.commit)
         if what == "lost" or not conn.is_alive:
             conn.closed = True
         world.pass_time(TICK)
@@ -220,6 +222,7 @@ class WriteWork(Work):
         if self.commit is not None:
             pinned = _is_pinned(self.client.session, self.world)
             assert pinned or self.client.covers(self.commit)
+            self.client.must_see.append(self.commit)
 
 
 def _is_pinned(session: Session, world: Simulation) -> bool:

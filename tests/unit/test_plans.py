@@ -787,3 +787,85 @@ def test_only_conflicts_and_lost_connections_run_again(
 def test_begin_behind_a_pooler_is_read_committed() -> None:
     """A snapshot of REPEATABLE READ would be taken before the check."""
     assert b"read committed read only" in _sql.BEGIN_READ_COMMITTED
+
+
+def test_what_an_interruption_left_behind_is_made_up_for() -> None:
+    """A connection whose attribute was set, and not put back, keeps its own value."""
+    world = ready_world()
+    session = Session()
+    read = world.core.new_read(session, None, Consistency.STRONG)
+    operation = Operation(world, _plans.open_read(world.core, session, read))
+    while not isinstance(operation.step, SetReadOnly):
+        operation.advance(Random(CHANCE))
+    conn = operation.step.conn
+    operation.interrupt(KeyboardInterrupt(), late=True)
+    operation.finish(Random(CHANCE))
+    assert conn.read_only is True
+    lease = open_read(world, session, Consistency.STRONG).result
+    assert lease.conn is conn
+    close_read(world, session, lease)
+    assert conn.read_only is None
+    written = run(world, _plans.open_write(world.core, session)).result
+    assert (conn, None) == (written.conn, written.conn.read_only)
+
+
+def test_hidden_servers_share_no_probe() -> None:
+    """Behind an endpoint of several servers only the connection reaches the server that read."""
+    world = ready_world(hidden=True)
+    for seed in range(20):
+        world.endpoints["x"].monitor = world.endpoints["x"].identity = None
+        world.probe("x", Random(seed))
+    node = world.core.cluster.nodes["x"]
+    assert node.hides_servers
+    session = Session()
+    read = world.core.new_read(session, None, None)
+    read.excluded.add("a")
+    lease = run(world, _plans.open_read(world.core, session, read)).result
+    world.core.cluster.enter(node, fallback=False)
+    closing = Operation(world, _plans.close_read(world.core, session, lease, interrupted=False))
+    assert isinstance(closing.step, Fetch)
+    assert closing.step.conn is lease.conn
+    closing.finish(Random(CHANCE))
+
+
+def test_a_shared_probe_of_a_restarted_server_is_no_bound() -> None:
+    """The server that read is gone: what it showed is bounded by the primary, not by the next."""
+    world = ready_world()
+    session = Session()
+    lease = open_read(world, session).result
+    shown = lease.conn.server.visible()
+    world.core.cluster.enter(world.core.cluster.nodes[lease.node], fallback=False)
+    closing = Operation(world, _plans.close_read(world.core, session, lease, interrupted=False))
+    lease.conn.server.crash(1.0)
+    for _ in range(2):
+        world.probe(lease.node, Random(CHANCE))
+    seen = world.core.cluster.nodes[lease.node].newest
+    assert seen is not None
+    assert seen.bound_position is not None
+    assert seen.bound_position.lsn < shown[-1].end
+    closing.finish(Random(CHANCE))
+    held = session.token.get(SYSTEM)
+    assert held is not None
+    assert held.lsn >= shown[-1].end
+
+
+def test_a_connection_counts_from_its_first_observation() -> None:
+    """The time of a connection is when its first observation was sent: it was there by then."""
+    world = ready_world()
+    lease = open_read(world, Session()).result
+    facts = world.core.facts_of(lease.conn)
+    seen = world.core.cluster.nodes[lease.node].newest
+    assert facts is not None
+    assert seen is not None
+    assert facts.opened_at == seen.sent_at
+
+
+def test_a_demoted_primary_gives_no_position_after_a_write() -> None:
+    """What a standby says of itself does not cover a commit: the session is pinned."""
+    world = ready_world()
+    session = Session()
+    lease = run(world, _plans.open_write(world.core, session)).result
+    lease.conn.server.is_primary = False
+    run(world, _plans.close_write(world.core, session, lease, interrupted=False))
+    assert session.token.get(SYSTEM) is None
+    assert session.token.pin_until is not None
