@@ -119,6 +119,10 @@ class BaseRouter:
             "give the router a conninfo, or make pool and router in each process"
         )
 
+    def _explained(self, name: str, error: Exception) -> str:
+        last = self._core.cluster.nodes[name].last_error if self._core is not None else None
+        return f"{error} from {name}" + (f": {last}" if last else "")
+
     def _is_given(self, name: str) -> bool:
         return not isinstance(self._sources[name], str)
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from lsn_consistency import _sql
 from lsn_consistency._core import Core, Facts
 from lsn_consistency._decision import Fail, Read, Refresh, Serve, Wait, no_primary
+from lsn_consistency._nodes import Node
 from lsn_consistency._observation import Observation
 from lsn_consistency._sql import Identity
 from lsn_consistency._steps import (
@@ -201,10 +202,9 @@ def open_write(core: Core, session: Session) -> Plan[Lease]:
         primary = core.cluster.primary
         if primary is None:
             break
-        # A primary that has just failed gets less time than one whose pool is merely busy.
-        timeout = core.settings.connect_timeout if primary.failures else None
         serve = Serve(primary, Reason.PRIMARY_REQUIRED, primary=True)
         try:
+            timeout = yield from _patience_with_primary(core, primary)
             conn = yield Checkout(primary.name, timeout, core.settings.connect_timeout)
             try:
                 facts, seen = yield from _look(core, None, serve, conn)
@@ -341,9 +341,11 @@ def _limited(core: Core, read: Read, serve: Serve) -> Plan[Serve]:
 
 def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts] | None]:
     name = serve.node.name
-    busy_primary = serve.primary and not serve.node.failures
-    timeout = None if busy_primary else core.settings.connect_timeout
-    renew = core.settings.connect_timeout if serve.primary else READY_SECONDS
+    timeout: float | None = core.settings.connect_timeout
+    renew = READY_SECONDS
+    if serve.primary:
+        timeout = yield from _patience_with_primary(core, serve.node)
+        renew = core.settings.connect_timeout
     for _ in range(CONNECTIONS_TRIED):
         conn = yield Checkout(name, timeout, renew)
         try:
@@ -361,6 +363,18 @@ def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts] | N
     read.refused.add(name)
     read.refusals[name] += 1
     return None
+
+
+def _patience_with_primary(core: Core, primary: Node) -> Plan[float | None]:
+    # A well primary's pool may be busy, for as long as the pool says. One that has just failed gets
+    # the time of a connection. One whose breaker is open is asked by its monitor, for all at once.
+    if not primary.failures:
+        return None
+    if primary.breaker_open:
+        seen = yield AwaitObservation(primary.name, core.clock(), core.settings.probe_timeout)
+        if seen is None:
+            return READY_SECONDS
+    return core.settings.connect_timeout
 
 
 def _look(

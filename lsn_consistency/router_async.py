@@ -303,7 +303,8 @@ class AsyncRouter(BaseRouter):
             try:
                 conn: Connection = await pool.getconn(timeout)
             except PoolTimeout as busy:
-                raise _steps.NodeFailure(dead or busy, down=dead is not None) from None
+                error = dead or PoolTimeout(self._explained(step.node, busy))
+                raise _steps.NodeFailure(error, down=dead is not None) from None
             except psycopg.Error as error:
                 raise _steps.NodeFailure(error, down=False) from None
             if _wire.is_alive(conn):

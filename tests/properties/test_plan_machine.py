@@ -69,6 +69,8 @@ class Work:
         self.level = level
         self.lease: Lease | None = None
         self.finished = False
+        # The highest timeline that was known when the work began.
+        self.timeline = world.core.cluster.timeline
         self.operation = self.opened()
 
     def opened(self) -> Operation:
@@ -163,6 +165,7 @@ class ReadWork(Work):
             assert route.is_primary
         if route.is_primary:
             assert server.is_primary
+            assert server.log.timeline >= self.timeline, "a former primary serves a read"
         elif route.reason in (Reason.CAUGHT_UP, Reason.WITHIN_LAG):
             limit = self.level.lag_limit(MAX_LAG)
             # It was judged when the connection was there, or later.
@@ -201,7 +204,8 @@ class WriteWork(Work):
         what = chance.choice(("commit", "commit", "asynchronous", "nothing", "lost"))
         if conn.is_alive:
             conn.reroute(chance)
-            assert conn.server.is_primary or world.now > self.opened_at(lease)
+            if conn.server.is_primary:
+                assert conn.server.log.timeline >= self.timeline, "a former primary takes a write"
             assert not conn.read_only
             assert not conn.session_read_only
         if conn.is_alive and conn.server.is_primary and what != "nothing":
@@ -213,9 +217,6 @@ class WriteWork(Work):
         interrupted = chance.random() < 0.2
         plan = _plans.close_write(world.core, self.client.session, lease, interrupted=interrupted)
         return Operation(world, plan)
-
-    def opened_at(self, lease: Lease) -> float:
-        return lease.facts.opened_at
 
     def closed(self, lease: Lease) -> None:
         assert self.client.session.wrote

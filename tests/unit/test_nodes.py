@@ -358,3 +358,19 @@ def test_the_snapshot_describes_every_node() -> None:
             "replay_lsn",
         )
     )
+
+
+def test_at_a_cold_start_a_foreign_primary_is_trusted_by_nobody() -> None:
+    """Until the configured primary was seen, nodes of two systems leave open which one is ours."""
+    known = cluster()
+    known.record("a", observed("a"))
+    known.record("b", primary("b", system=8))
+    assert known.primary is None
+    assert known.conflict is not None
+    assert "different systems" in known.conflict
+    known.record("primary", primary("p", at=11.0))
+    assert (known.nodes["primary"], None, SYSTEM) == (
+        known.primary,
+        known.conflict,
+        known.system_id,
+    )

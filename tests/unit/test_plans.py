@@ -869,3 +869,24 @@ def test_a_demoted_primary_gives_no_position_after_a_write() -> None:
     run(world, _plans.close_write(world.core, session, lease, interrupted=False))
     assert session.token.get(SYSTEM) is None
     assert session.token.pin_until is not None
+
+
+def test_an_endpoint_of_both_primaries_writes_to_the_promoted_one() -> None:
+    """A connection that reaches the former primary takes no write, whatever it says of itself."""
+    world = ready_world(hidden=True)
+    former = world.endpoints["primary"].servers[0]
+    promoted = next(server for server in world.servers if server.name == "a")
+    promoted.promote(2)
+    world.probe("a", Random(CHANCE))
+    world.endpoints["primary"].servers.append(promoted)
+    world.endpoints["a"].servers[0] = promoted
+    written = []
+    for seed in range(20):
+        session = Session()
+        opened = Operation(world, _plans.open_write(world.core, session)).finish(Random(seed))
+        if opened.error is None:
+            written.append(opened.result.conn.server)
+            world.endpoints[opened.result.node].idle.clear()
+        world.core.cluster.primary = world.core.cluster.nodes["primary"]
+    assert former not in written
+    assert promoted in written
