@@ -41,7 +41,7 @@ from lsn_consistency.route import Reason, Route
 from lsn_consistency.session import Session
 from lsn_consistency.tokens import Token
 
-MAX_ATTEMPTS: Final = 64
+MAX_ATTEMPTS: Final = 16
 CONNECTIONS_TRIED: Final = 3
 MAX_REFUSALS: Final = 4
 RETRY_AFTER_SECONDS: Final = 1.0
@@ -82,13 +82,14 @@ def open_read(core: Core, session: Session, read: Read) -> Plan[Lease]:
 
     Raises a `RoutingError` when nothing may serve it.
     """
-    for _ in range(MAX_ATTEMPTS):
+    attempts = MAX_ATTEMPTS + MAX_REFUSALS * len(core.cluster.nodes)
+    for _ in range(attempts):
         verdict = yield from _verdict(core, read)
         lease = yield from _serve(core, read, verdict)
         if lease is not None:
             _note(core, session, lease.route)
             return lease
-    raise NoNodeAvailableError({}, f"no node served the read in {MAX_ATTEMPTS} attempts")
+    raise NoNodeAvailableError({}, f"no node served the read in {attempts} attempts")
 
 
 def choose(core: Core, session: Session, read: Read) -> Plan[Route]:
@@ -239,6 +240,8 @@ def _close_write(core: Core, session: Session, lease: Lease, interrupted: bool) 
     started = core.clock()
     seen: Observation | None = None
     sticky = lease.level.name == "sticky"
+    if sticky:
+        session.pin(core.unix_clock() + (lease.level.seconds or 0.0))
     try:
         if not interrupted and not sticky:
             seen = yield from observe(lease.conn, lease.facts.identity)
@@ -247,8 +250,8 @@ def _close_write(core: Core, session: Session, lease: Lease, interrupted: bool) 
     finally:
         yield Return(lease.node, lease.conn)
     if sticky:
-        session.pin(core.unix_clock() + (lease.level.seconds or 0.0))
-    elif interrupted:
+        return
+    if interrupted:
         _pin(core, session, "the write was interrupted")
     elif seen is None or seen.in_recovery or seen.bound_position is None:
         yield from _advance_past_primary(core, session, started)

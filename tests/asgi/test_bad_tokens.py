@@ -205,6 +205,7 @@ def test_age_is_judged(
 @pytest.mark.parametrize(
     ("text", "error"),
     [("bad", MalformedTokenError), (signed(1, key="another key"), BadSignatureError)],
+    ids=["malformed", "another key"],
 )
 def test_a_bad_token_is_reported_with_its_carrier(
     carrier: str, text: str, error: type[Exception]

@@ -137,6 +137,7 @@ def _unexpected(error: TokenError) -> None:
         (1500, MalformedTokenError),
         ([signed(1500)], MalformedTokenError),
     ],
+    ids=["another key", "cut", "empty", "not ASCII", "bytes", "number", "list"],
 )
 def test_a_forged_token_is_handed_to_on_error(value: Any, error: type[TokenError]) -> None:
     """A bad job header cannot stop a worker: it gives the empty token and one call of on_error."""

@@ -369,8 +369,5 @@ def test_at_a_cold_start_a_foreign_primary_is_trusted_by_nobody() -> None:
     assert known.conflict is not None
     assert "different systems" in known.conflict
     known.record("primary", primary("p", at=11.0))
-    assert (known.nodes["primary"], None, SYSTEM) == (
-        known.primary,
-        known.conflict,
-        known.system_id,
-    )
+    now: tuple[Any, ...] = (known.primary, known.conflict, known.system_id)
+    assert (known.nodes["primary"], None, SYSTEM) == now
