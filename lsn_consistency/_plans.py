@@ -150,8 +150,7 @@ def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool)
     Nothing is raised: a position that cannot be had pins the session. ``interrupted`` says that
     the read was cancelled, and there is no time to ask anybody.
     """
-    advances = lease.level == Consistency.CAUSAL or lease.route.reason is Reason.TIMELINE_CHANGED
-    if advances:
+    if lease.level.advances_on_reads or lease.route.reason is Reason.TIMELINE_CHANGED:
         yield from _or_pinned(core, session, _close_read(core, session, lease, interrupted))
     else:
         yield from _give_back(core, lease, None)

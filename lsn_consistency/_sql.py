@@ -2,8 +2,9 @@
 Every SQL statement that the package sends, and the reading of their rows.
 
 One statement serves standbys and primaries: the functions of the other role would raise, so CASE
-keeps them apart. Columns come as text. The pause state stands before the replay position on
-purpose: paused first, then read, the position covers all that was visible (see `_bound`).
+keeps them apart. Names are qualified, so that no schema of the user's stands before them. Columns
+come as text. The pause state stands before the replay position on purpose: paused first, then
+read, the position covers all that was visible (see `_bound`).
 """
 
 from __future__ import annotations
@@ -18,29 +19,31 @@ from lsn_consistency.lsn import Lsn, normalize_insert_lsn, unsigned_system_id
 Row = Sequence[str | None]
 
 _PROBE_COLUMNS: Final = """\
- pg_backend_pid(),
- pg_is_in_recovery(),
- case when pg_is_in_recovery() then pg_get_wal_replay_pause_state() end,
- case when pg_is_in_recovery() then pg_last_wal_replay_lsn()
-      else pg_current_wal_insert_lsn() end,
- case when pg_is_in_recovery() then pg_last_wal_receive_lsn()
-      else pg_current_wal_flush_lsn() end,
- case when pg_is_in_recovery()
-      then greatest((select max(received_tli) from pg_stat_wal_receiver),
-                    (select timeline_id from pg_control_checkpoint()))
-      else ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::bigint end,
- exists (select from pg_stat_wal_receiver),
- current_setting('recovery_min_apply_delay') <> '0',
- extract(epoch from clock_timestamp() - pg_last_xact_replay_timestamp())"""
+ pg_catalog.pg_backend_pid(),
+ pg_catalog.pg_is_in_recovery(),
+ case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_get_wal_replay_pause_state() end,
+ case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn()
+      else pg_catalog.pg_current_wal_insert_lsn() end,
+ case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_receive_lsn()
+      else pg_catalog.pg_current_wal_flush_lsn() end,
+ case when pg_catalog.pg_is_in_recovery()
+      then greatest((select pg_catalog.max(received_tli) from pg_catalog.pg_stat_wal_receiver),
+                    (select timeline_id from pg_catalog.pg_control_checkpoint()))
+      else ('x' || pg_catalog.left(
+              pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 8)
+           )::bit(32)::bigint end,
+ exists (select from pg_catalog.pg_stat_wal_receiver),
+ pg_catalog.current_setting('recovery_min_apply_delay') <> '0',
+ extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.pg_last_xact_replay_timestamp())"""
 _PROBE_WIDTH: Final = 9
 
 _IDENTITY_COLUMNS: Final = """\
- (select system_identifier from pg_control_system()),
- host(inet_server_addr()), inet_server_port(),
- extract(epoch from pg_postmaster_start_time()),
- current_setting('wal_block_size'),
- pg_size_bytes(current_setting('wal_segment_size')),
- extract(epoch from current_setting('wal_writer_delay')::interval)"""
+ (select system_identifier from pg_catalog.pg_control_system()),
+ pg_catalog.host(pg_catalog.inet_server_addr()), pg_catalog.inet_server_port(),
+ extract(epoch from pg_catalog.pg_postmaster_start_time()),
+ pg_catalog.current_setting('wal_block_size'),
+ pg_catalog.pg_size_bytes(pg_catalog.current_setting('wal_segment_size')),
+ extract(epoch from pg_catalog.current_setting('wal_writer_delay')::interval)"""
 
 PROBE: Final = b"select" + _PROBE_COLUMNS.encode()
 """Observe a server whose identity is known already."""
@@ -49,9 +52,10 @@ IDENTIFY: Final = PROBE + b"," + _IDENTITY_COLUMNS.encode()
 """Observe a server and learn which one it is."""
 
 IDENTIFY_WITHOUT_WAL: Final = b"""select
- pg_backend_pid(), pg_is_in_recovery(), null, null, null, null, false, false, null,
- 0, host(inet_server_addr()), inet_server_port(),
- extract(epoch from pg_postmaster_start_time()), 8192, 16777216, 0"""
+ pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(),
+ null, null, null, null, false, false, null,
+ 0, pg_catalog.host(pg_catalog.inet_server_addr()), pg_catalog.inet_server_port(),
+ extract(epoch from pg_catalog.pg_postmaster_start_time()), 8192, 16777216, 0"""
 """The same where the WAL functions are missing or forbidden: every position stays unknown."""
 
 WAL_FUNCTIONS_UNAVAILABLE: Final = frozenset({"0A000", "42501", "42883"})

@@ -25,7 +25,7 @@ class Consistency:
     """
     Say what a read promises; use the constants and the two constructors below.
 
-    * ``STRONG``: served by the primary.
+    * ``STRONG``: served by the primary; causal reads that follow do not go back behind it.
     * ``CAUSAL``: read your writes, monotonic reads, writes follow reads, monotonic writes, and
       a bound on the lag. The terms are those of Terry et al., "Session Guarantees for Weakly
       Consistent Replicated Data" (1994).
@@ -72,6 +72,13 @@ class Consistency:
         """
         return self.name in _TOKEN_LEVELS
 
+    @property
+    def advances_on_reads(self) -> bool:
+        """
+        Tell whether a read at this level moves the session past what it can have seen.
+        """
+        return self.name in _ADVANCING_LEVELS
+
     def lag_limit(self, default: float) -> float:
         """
         Return the greatest lag in seconds at which a replica may serve this level.
@@ -94,6 +101,8 @@ Consistency.READ_YOUR_WRITES = Consistency("read_your_writes")
 Consistency.EVENTUAL = Consistency("eventual")
 
 _TOKEN_LEVELS = frozenset({"causal", "read_your_writes"})
+# What the primary has shown, a later causal read must not miss.
+_ADVANCING_LEVELS = frozenset({"causal", "strong"})
 
 
 class _Block(NamedTuple):

@@ -33,7 +33,7 @@ class Reason(StrEnum):
     NO_REPLICA = "no_replica"
     """No replica is configured, healthy, or known yet."""
     PRIMARY_DOWN = "primary_down"
-    """The primary is unreachable and a replica satisfies the token; its lag is not measured."""
+    """The primary is unreachable and a replica satisfies the token; its lag is not bounded."""
 
 
 @dataclass(frozen=True, slots=True)
