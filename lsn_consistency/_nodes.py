@@ -189,6 +189,8 @@ class Cluster:
         node = self.nodes[name]
         with self.lock:
             node.fail(error, now)
+            if node is self.primary:
+                self.samples.interrupt()
             self._elect()
             released = node.waiting.release_all()
         for waiter in released:

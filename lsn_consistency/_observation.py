@@ -106,10 +106,11 @@ class PrimarySamples:
     not flushed by then is no commit.
     """
 
-    __slots__ = ("_flushes", "_inserts", "_origin", "_still_since")
+    __slots__ = ("_flushes", "_inserts", "_origin", "_server", "_still_since")
 
     def __init__(self, spacing_seconds: float) -> None:
         self._origin: tuple[int, int] | None = None
+        self._server: Server | None = None
         self._still_since = math.inf
         self._inserts = _Series(spacing_seconds)
         self._flushes = _Series(spacing_seconds)
@@ -135,12 +136,19 @@ class PrimarySamples:
             self._origin = origin
             self._inserts.clear()
             self._flushes.clear()
-        if seen.lsn != self._inserts.newest:
+        if seen.lsn != self._inserts.newest or seen.server != self._server:
             # The position may have been reached as late as this.
             self._still_since = seen.received_at
+        self._server = seen.server
         self._inserts.add(seen.sent_at, seen.lsn)
         if seen.sent_at - self._still_since >= seen.flush_delay_seconds:
             self._flushes.add(seen.sent_at, flush)
+
+    def interrupt(self) -> None:
+        """
+        Take the loss of the primary: after a crash, other WAL may stand at the same position.
+        """
+        self._server = None
 
     def lag_seconds(self, seen: Observation, now: float) -> float:
         """

@@ -17,7 +17,13 @@ from psycopg.conninfo import make_conninfo
 
 from lsn_consistency.testing import _reaper
 from lsn_consistency.testing._errors import ClusterError, tail
-from lsn_consistency.testing._workspace import LOOPBACK, Workspace, free_port, wait_until
+from lsn_consistency.testing._workspace import (
+    LOOPBACK,
+    POLL_SECONDS,
+    Workspace,
+    free_port,
+    wait_until,
+)
 
 __all__ = ["Node", "Role", "StopMode"]
 
@@ -32,6 +38,7 @@ WAIT_SECONDS = 30.0
 """How long a setting or a state of the server may take to come into force."""
 
 CONNECT_SECONDS = 10
+CONFLICT_SECONDS = 10.0
 START_TRIALS = 20
 PORT_RETRY_SECONDS = 0.25
 
@@ -106,11 +113,21 @@ class Node:
     ) -> list[tuple[Any, ...]]:
         """
         Run one statement as the superuser on a connection of its own, and return its rows.
+
+        A standby that catches up cancels sessions in the way of what it replays; such a statement
+        is run again for `CONFLICT_SECONDS`.
         """
-        with self.connect() as connection:
-            # The statement comes from the test itself; a variable one is no danger there.
-            cursor = connection.execute(statement.encode(), parameters)
-            return cursor.fetchall() if cursor.description else []
+        deadline = time.monotonic() + CONFLICT_SECONDS
+        while True:
+            try:
+                with self.connect() as connection:
+                    # The statement comes from the test itself; a variable one is no danger there.
+                    cursor = connection.execute(statement.encode(), parameters)
+                    return cursor.fetchall() if cursor.description else []
+            except psycopg.OperationalError as error:
+                if "conflict with recovery" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_SECONDS)
 
     def value(self, statement: str) -> Any:
         """

@@ -111,6 +111,8 @@ def test_lag_is_never_understated(
         primary.pass_time(step.seconds)
         if step.what != "probe":
             primary.do(step.what)
+            if step.what == "crash":
+                samples.interrupt()
         else:
             sent = primary.now
             primary.pass_time(before)
@@ -227,3 +229,20 @@ def test_an_observation_without_a_position_is_no_sample() -> None:
     samples.add(observed(0.5, 2000))
     assert samples.newest_at == 1.0
     assert samples.lag_seconds(observed(1.0, 1000, in_recovery=True), 3.0) == 2.0
+
+
+@pytest.mark.parametrize("noticed", ["a new start", "a lost connection"])
+def test_a_crash_ends_the_standstill(noticed: str) -> None:
+    """After a crash, a commit may stand where lost WAL stood: the flush position waits anew."""
+    samples = PrimarySamples(0.0)
+    samples.add(observed(100.0, 1010, 1000))
+    server = SERVER
+    if noticed == "a new start":
+        server = SERVER._replace(started="2")
+    else:
+        samples.interrupt()
+    behind = observed(100.7, 1000, in_recovery=True)
+    samples.add(observed(100.65, 1010, 1000, server=server))
+    assert math.inf == samples.lag_seconds(behind, 100.7)
+    samples.add(observed(101.3, 1010, 1000, server=server))
+    assert 0.0 == samples.lag_seconds(behind, 101.3)
