@@ -12,10 +12,20 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lsn_consistency import _sql
+from lsn_consistency._connections import (
+    READY_SECONDS,
+    look,
+    make_read_only,
+    make_writable,
+    meet,
+    patience_with_primary,
+    report,
+    restore,
+)
 from lsn_consistency._core import Core, Facts
 from lsn_consistency._decision import Fail, Read, Refresh, Serve, Wait, no_primary
-from lsn_consistency._nodes import Node
 from lsn_consistency._observation import Observation
+from lsn_consistency._positions import advance_past_primary, advance_past_read, or_pinned, pin
 from lsn_consistency._sql import Identity
 from lsn_consistency._steps import (
     AwaitObservation,
@@ -26,12 +36,10 @@ from lsn_consistency._steps import (
     NodeFailure,
     Plan,
     Return,
-    SetReadOnly,
-    identify,
     observe,
 )
 from lsn_consistency.consistency import Consistency, effective
-from lsn_consistency.events import FallbackLimited, PositionUnknown, ReadRouted
+from lsn_consistency.events import FallbackLimited, ReadRouted
 from lsn_consistency.exceptions import (
     ConfigurationError,
     FallbackLimitError,
@@ -45,8 +53,6 @@ MAX_ATTEMPTS: Final = 16
 CONNECTIONS_TRIED: Final = 3
 MAX_REFUSALS: Final = 4
 RETRY_AFTER_SECONDS: Final = 1.0
-READY_SECONDS: Final = 0.001
-"""Time to take a connection that lies ready in its pool, and no time to open another."""
 RETRIABLE_STATES: Final = frozenset({"40001", "40P01", "57P01", "57P02", "57P03"})
 """Recovery conflicts and shutdowns: the same read can succeed on another node."""
 _FALLBACKS: Final = frozenset(
@@ -66,14 +72,6 @@ class Lease:
     route: Route
     level: Consistency
     fallback: bool = False
-
-
-def meet(core: Core, name: str, conn: Any) -> Plan[Facts]:
-    """
-    Make the first observation on a connection, and remember the connection by it.
-    """
-    identity, seen = yield from identify(conn)
-    return core.met(name, conn, identity, seen)
 
 
 def open_read(core: Core, session: Session, read: Read) -> Plan[Lease]:
@@ -126,13 +124,13 @@ def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lea
                 facts = yield from meet(core, name, conn)
             if facts.pooled:
                 yield Fetch(conn, _sql.BEGIN_READ_COMMITTED)
-            yield from _make_read_only(core, conn, facts, in_recovery=False)
+            yield from make_read_only(core, conn, facts, in_recovery=False)
         except BaseException:
             yield Return(name, conn)
             raise
     except NodeFailure as failure:
         core.cluster.leave(node, fallback=False)
-        _report(core, name, failure)
+        report(core, name, failure)
         raise failure.cause from None
     except BaseException:
         core.cluster.leave(node, fallback=False)
@@ -151,7 +149,7 @@ def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool)
     the read was cancelled, and there is no time to ask anybody.
     """
     if lease.level.advances_on_reads or lease.route.reason is Reason.TIMELINE_CHANGED:
-        yield from _or_pinned(core, session, _close_read(core, session, lease, interrupted))
+        yield from or_pinned(core, session, _close_read(core, session, lease, interrupted))
     else:
         yield from _give_back(core, lease, None)
 
@@ -165,13 +163,13 @@ def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -
     asks = not (interrupted or shares or lease.facts.pooled)
     seen = yield from _give_back(core, lease, lease.facts.identity if asks else None)
     if interrupted:
-        _pin(core, session, "the read was interrupted")
+        pin(core, session, "the read was interrupted")
         return
     if shares and not lease.facts.pooled:
         seen = yield AwaitObservation(lease.node, started, core.settings.probe_timeout)
         if seen is not None and seen.server != lease.facts.identity.server:
             seen = None
-    yield from _advance_past_read(core, session, seen, started)
+    yield from advance_past_read(core, session, seen, started)
 
 
 def _give_back(core: Core, lease: Lease, observed: Identity | None) -> Plan[Observation | None]:
@@ -180,9 +178,9 @@ def _give_back(core: Core, lease: Lease, observed: Identity | None) -> Plan[Obse
     try:
         if observed is not None:
             seen = yield from observe(lease.conn, observed)
-        yield from _restore(core, lease.conn, lease.facts)
+        yield from restore(core, lease.conn, lease.facts)
     except NodeFailure as failure:
-        _report(core, lease.node, failure)
+        report(core, lease.node, failure)
     finally:
         core.cluster.leave(core.cluster.nodes[lease.node], fallback=lease.fallback)
         yield Return(lease.node, lease.conn)
@@ -204,12 +202,12 @@ def open_write(core: Core, session: Session) -> Plan[Lease]:
             break
         serve = Serve(primary, Reason.PRIMARY_REQUIRED, primary=True)
         try:
-            timeout = yield from _patience_with_primary(core, primary)
+            timeout = yield from patience_with_primary(core, primary)
             conn = yield Checkout(primary.name, timeout, core.settings.connect_timeout)
             try:
-                facts, seen = yield from _look(core, None, serve, conn)
+                facts, seen = yield from look(core, None, serve, conn)
                 if core.cluster.is_primary(seen):
-                    yield from _make_writable(conn, facts)
+                    yield from make_writable(conn, facts)
                     route = Route(primary.name, "primary", Reason.PRIMARY_REQUIRED)
                     level = effective(None, core.settings.consistency)
                     return Lease(primary.name, conn, facts, route, level)
@@ -218,7 +216,7 @@ def open_write(core: Core, session: Session) -> Plan[Lease]:
                 raise
             yield Return(primary.name, conn)
         except NodeFailure as failure:
-            _report(core, primary.name, failure)
+            report(core, primary.name, failure)
             raise failure.cause from None
     failures = {node.name: node.last_error or "is a standby" for node in core.cluster.all_nodes}
     raise NoNodeAvailableError(failures, no_primary(core.cluster))
@@ -232,7 +230,7 @@ def close_write(core: Core, session: Session, lease: Lease, *, interrupted: bool
     and when there is none the session is pinned to the primary.
     """
     session.wrote = True
-    yield from _or_pinned(core, session, _close_write(core, session, lease, interrupted))
+    yield from or_pinned(core, session, _close_write(core, session, lease, interrupted))
 
 
 def _close_write(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:
@@ -245,15 +243,15 @@ def _close_write(core: Core, session: Session, lease: Lease, interrupted: bool) 
         if not interrupted and not sticky:
             seen = yield from observe(lease.conn, lease.facts.identity)
     except NodeFailure as failure:
-        _report(core, lease.node, failure)
+        report(core, lease.node, failure)
     finally:
         yield Return(lease.node, lease.conn)
     if sticky:
         return
     if interrupted:
-        _pin(core, session, "the write was interrupted")
+        pin(core, session, "the write was interrupted")
     elif seen is None or seen.in_recovery or seen.bound_position is None:
-        yield from _advance_past_primary(core, session, started)
+        yield from advance_past_primary(core, session, started)
     else:
         session.advance(Token([seen.bound_position]))
 
@@ -267,7 +265,7 @@ def capture(core: Core, session: Session) -> Plan[None]:
     if level.name == "sticky":
         session.pin(core.unix_clock() + (level.seconds or 0.0))
         return
-    yield from _or_pinned(core, session, _advance_past_primary(core, session, core.clock()))
+    yield from or_pinned(core, session, advance_past_primary(core, session, core.clock()))
 
 
 def primary_token(core: Core) -> Plan[Token]:
@@ -301,7 +299,7 @@ def _serve(core: Core, read: Read, serve: Serve) -> Plan[Lease | None]:
         connected = yield from _connect(core, read, serve)
     except NodeFailure as failure:
         core.cluster.leave(serve.node, fallback=fallback)
-        _report(core, serve.node.name, failure)
+        report(core, serve.node.name, failure)
         if serve.primary:
             if not failure.down and serve.node.newest is not None:
                 # A full pool does not make the primary unreachable.
@@ -346,14 +344,14 @@ def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts] | N
     timeout: float | None = core.settings.connect_timeout
     renew = READY_SECONDS
     if serve.primary:
-        timeout = yield from _patience_with_primary(core, serve.node)
+        timeout = yield from patience_with_primary(core, serve.node)
         renew = core.settings.connect_timeout
     for _ in range(CONNECTIONS_TRIED):
         conn = yield Checkout(name, timeout, renew)
         try:
-            facts, seen = yield from _look(core, read, serve, conn)
+            facts, seen = yield from look(core, read, serve, conn)
             if core.admits(read, serve, seen):
-                yield from _make_read_only(core, conn, facts, in_recovery=seen.in_recovery)
+                yield from make_read_only(core, conn, facts, in_recovery=seen.in_recovery)
                 return conn, facts
         except BaseException:
             yield Return(name, conn)
@@ -365,74 +363,6 @@ def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts] | N
     read.refused.add(name)
     read.refusals[name] += 1
     return None
-
-
-def _patience_with_primary(core: Core, primary: Node) -> Plan[float | None]:
-    # A well primary's pool may be busy, for as long as the pool says. One that has just failed gets
-    # the time of a connection. One whose breaker is open is asked by its monitor, for all at once.
-    if not primary.failures:
-        return None
-    if primary.breaker_open:
-        seen = yield AwaitObservation(primary.name, core.clock(), core.settings.probe_timeout)
-        if seen is None:
-            return READY_SECONDS
-    return core.settings.connect_timeout
-
-
-def _look(
-    core: Core, read: Read | None, serve: Serve, conn: Any
-) -> Plan[tuple[Facts, Observation]]:
-    name = serve.node.name
-    facts = core.facts_of(conn)
-    if facts is None:
-        identity, seen = yield from identify(conn)
-        facts = core.met(name, conn, identity, seen)
-        if not facts.pooled or read is None:
-            return facts, seen
-    if facts.pooled and read is not None:
-        yield Fetch(conn, _sql.BEGIN_READ_COMMITTED)
-    known = core.usable(facts, core.clock())
-    if known is not None:
-        good = core.cluster.is_primary(known) if read is None else core.admits(read, serve, known)
-        if good:
-            return facts, known
-    seen = yield from observe(conn, facts.identity)
-    core.observed(name, seen)
-    return facts, seen
-
-
-def _make_read_only(core: Core, conn: Any, facts: Facts, *, in_recovery: bool) -> Plan[None]:
-    if facts.pooled:
-        # The transaction that the check opened is read-only already.
-        return
-    if not conn.autocommit:
-        if not facts.changed:
-            facts.changed, facts.own_read_only = True, conn.read_only
-        yield SetReadOnly(conn, True)
-    elif not facts.read_only and not (in_recovery and core.is_given(facts.node)):
-        # A standby is read-only by itself: a given pool's connection need not be changed and back.
-        yield Fetch(conn, _sql.READ_ONLY)
-        facts.read_only = True
-
-
-def _make_writable(conn: Any, facts: Facts) -> Plan[None]:
-    if facts.changed:
-        yield SetReadOnly(conn, facts.own_read_only)
-        facts.changed = False
-    if facts.read_only:
-        yield Fetch(conn, _sql.READ_WRITE)
-        facts.read_only = False
-
-
-def _restore(core: Core, conn: Any, facts: Facts) -> Plan[None]:
-    if conn.closed:
-        return
-    if facts.changed:
-        yield SetReadOnly(conn, facts.own_read_only)
-        facts.changed = False
-    if core.is_given(facts.node):
-        # Its owner takes connections of this pool too.
-        yield from _make_writable(conn, facts)
 
 
 def _verdict(core: Core, read: Read) -> Plan[Serve]:
@@ -479,55 +409,6 @@ def _replicas(core: Core) -> tuple[str, ...]:
         for node in core.cluster.all_nodes
         if node.newest is not None and node.newest.in_recovery
     )
-
-
-def _advance_past_read(
-    core: Core, session: Session, seen: Observation | None, started: float
-) -> Plan[None]:
-    if seen is not None and seen.bound_position is not None:
-        session.advance(Token([seen.bound_position]))
-        return
-    primary = core.cluster.primary
-    if seen is not None and seen.position is not None and (primary is None or primary.failures):
-        # No walreceiver, so no bound, and no primary to ask: its standbys have lost it. To pin the
-        # session to it would stop the session's reads; docs/limits.md says what this leaves open.
-        session.advance(Token([seen.position]))
-        return
-    yield from _advance_past_primary(core, session, started)
-
-
-def _advance_past_primary(core: Core, session: Session, started: float) -> Plan[None]:
-    # The primary's position is an upper bound for everything that any node can have shown.
-    position = None
-    if (primary := core.cluster.primary) is not None:
-        seen = yield AwaitObservation(primary.name, started, core.settings.probe_timeout)
-        if seen is not None and not seen.in_recovery:
-            position = seen.bound_position
-    if position is None:
-        _pin(core, session, "no position could be taken")
-    else:
-        session.advance(Token([position]))
-
-
-def _or_pinned(core: Core, session: Session, plan: Plan[None]) -> Plan[None]:
-    # Whatever ends the plan early, the session has not advanced: unknown goes to the primary.
-    try:
-        yield from plan
-    except BaseException:
-        _pin(core, session, "taking the position was interrupted")
-        raise
-
-
-def _pin(core: Core, session: Session, why: str) -> None:
-    until = core.unix_clock() + core.settings.pin_seconds
-    session.pin(until)
-    core.emit(PositionUnknown(why, until))
-
-
-def _report(core: Core, name: str, failure: NodeFailure) -> None:
-    if failure.down:
-        core.failed(name, failure.cause)
-    core.kick(name)
 
 
 def _route(read: Read, serve: Serve) -> Route:

@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar, Unpack
 import psycopg
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from lsn_consistency import _plans, _steps, _wire
+from lsn_consistency import _connections, _plans, _steps, _wire
 from lsn_consistency._base import BaseRouter
 from lsn_consistency._core import Core
 from lsn_consistency._monitor import Monitor, MonitorThread
@@ -270,7 +270,7 @@ class Router(BaseRouter):
             if users is not None:
                 users(conn)
             if _wire.is_idle(conn):
-                self._run(_plans.meet(core, name, conn))
+                self._run(_connections.meet(core, name, conn))
 
         try:
             return ConnectionPool(**self._pool_arguments(name, configure))

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, Unpack
 import psycopg
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from lsn_consistency import _plans, _steps, _wire
+from lsn_consistency import _connections, _plans, _steps, _wire
 from lsn_consistency._base import BaseRouter
 from lsn_consistency._core import Core
 from lsn_consistency._monitor import Monitor
@@ -267,7 +267,7 @@ class AsyncRouter(BaseRouter):
             if users is not None:
                 await users(conn)
             if _wire.is_idle(conn):
-                await self._run(_plans.meet(core, name, conn))
+                await self._run(_connections.meet(core, name, conn))
 
         try:
             return AsyncConnectionPool(**self._pool_arguments(name, configure))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Final, NamedTuple
 
-from lsn_consistency import _plans, _sql
+from lsn_consistency import _connections, _sql
 from lsn_consistency._core import Core
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import Settings
@@ -405,7 +405,7 @@ class Simulation:
         else:
             conn = endpoint.connect(chance)
             if not endpoint.given:
-                self.fetch_all(_plans.meet(self.core, step.node, conn), chance)
+                self.fetch_all(_connections.meet(self.core, step.node, conn), chance)
         endpoint.out.add(conn)
         return conn
 

@@ -1,0 +1,125 @@
+"""
+What a plan does with one connection: meet its server, look at it, make it read-only and back.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from lsn_consistency import _sql
+from lsn_consistency._core import Core, Facts
+from lsn_consistency._decision import Read, Serve
+from lsn_consistency._nodes import Node
+from lsn_consistency._observation import Observation
+from lsn_consistency._steps import (
+    AwaitObservation,
+    Fetch,
+    NodeFailure,
+    Plan,
+    SetReadOnly,
+    identify,
+    observe,
+)
+
+READY_SECONDS: Final = 0.001
+"""Time to take a connection that lies ready in its pool, and no time to open another."""
+
+
+def meet(core: Core, name: str, conn: Any) -> Plan[Facts]:
+    """
+    Make the first observation on a connection, and remember the connection by it.
+    """
+    identity, seen = yield from identify(conn)
+    return core.met(name, conn, identity, seen)
+
+
+def patience_with_primary(core: Core, primary: Node) -> Plan[float | None]:
+    """
+    Return how long a connection of the primary may take; None for as long as its pool says.
+    """
+    # A well primary's pool may be busy, for as long as the pool says. One that has just failed gets
+    # the time of a connection. One whose breaker is open is asked by its monitor, for all at once.
+    if not primary.failures:
+        return None
+    if primary.breaker_open:
+        seen = yield AwaitObservation(primary.name, core.clock(), core.settings.probe_timeout)
+        if seen is None:
+            return READY_SECONDS
+    return core.settings.connect_timeout
+
+
+def look(core: Core, read: Read | None, serve: Serve, conn: Any) -> Plan[tuple[Facts, Observation]]:
+    """
+    Return an observation of the server behind a connection, made after the connection was opened.
+
+    A known one does if it already lets ``serve`` go on; ``read`` is None for a write.
+    """
+    name = serve.node.name
+    facts = core.facts_of(conn)
+    if facts is None:
+        identity, seen = yield from identify(conn)
+        facts = core.met(name, conn, identity, seen)
+        if not facts.pooled or read is None:
+            return facts, seen
+    if facts.pooled and read is not None:
+        yield Fetch(conn, _sql.BEGIN_READ_COMMITTED)
+    known = core.usable(facts, core.clock())
+    if known is not None:
+        good = core.cluster.is_primary(known) if read is None else core.admits(read, serve, known)
+        if good:
+            return facts, known
+    seen = yield from observe(conn, facts.identity)
+    core.observed(name, seen)
+    return facts, seen
+
+
+def make_read_only(core: Core, conn: Any, facts: Facts, *, in_recovery: bool) -> Plan[None]:
+    """
+    Let nothing be written in the read's transactions.
+    """
+    if facts.pooled:
+        # The transaction that the check opened is read-only already.
+        return
+    if not conn.autocommit:
+        if not facts.changed:
+            facts.changed, facts.own_read_only = True, conn.read_only
+        yield SetReadOnly(conn, True)
+    elif not facts.read_only and not (in_recovery and core.is_given(facts.node)):
+        # A standby is read-only by itself: a given pool's connection need not be changed and back.
+        yield Fetch(conn, _sql.READ_ONLY)
+        facts.read_only = True
+
+
+def make_writable(conn: Any, facts: Facts) -> Plan[None]:
+    """
+    Undo what an earlier read has left of `make_read_only`.
+    """
+    if facts.changed:
+        yield SetReadOnly(conn, facts.own_read_only)
+        facts.changed = False
+    if facts.read_only:
+        yield Fetch(conn, _sql.READ_WRITE)
+        facts.read_only = False
+
+
+def restore(core: Core, conn: Any, facts: Facts) -> Plan[None]:
+    """
+    Give a read's connection its own settings back, where anybody else may take it.
+    """
+    if conn.closed:
+        return
+    if facts.changed:
+        yield SetReadOnly(conn, facts.own_read_only)
+        facts.changed = False
+    if core.is_given(facts.node):
+        # Its owner takes connections of this pool too.
+        yield from make_writable(conn, facts)
+
+
+def report(core: Core, name: str, failure: NodeFailure) -> None:
+    """
+    Tell the cluster of a step that failed.
+    """
+    if failure.down:
+        core.failed(name, failure.cause)
+    core.kick(name)

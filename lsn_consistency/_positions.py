@@ -1,0 +1,67 @@
+"""
+How a session comes to its position after a read or a write, and what it gets when there is none.
+"""
+
+from __future__ import annotations
+
+from lsn_consistency._core import Core
+from lsn_consistency._observation import Observation
+from lsn_consistency._steps import AwaitObservation, Plan
+from lsn_consistency.events import PositionUnknown
+from lsn_consistency.session import Session
+from lsn_consistency.tokens import Token
+
+
+def advance_past_read(
+    core: Core, session: Session, seen: Observation | None, started: float
+) -> Plan[None]:
+    """
+    Advance the session past what a read can have shown; ``seen`` is its server afterwards.
+    """
+    if seen is not None and seen.bound_position is not None:
+        session.advance(Token([seen.bound_position]))
+        return
+    primary = core.cluster.primary
+    if seen is not None and seen.position is not None and (primary is None or primary.failures):
+        # No walreceiver, so no bound, and no primary to ask: its standbys have lost it. To pin the
+        # session to it would stop the session's reads; docs/limits.md says what this leaves open.
+        session.advance(Token([seen.position]))
+        return
+    yield from advance_past_primary(core, session, started)
+
+
+def advance_past_primary(core: Core, session: Session, started: float) -> Plan[None]:
+    """
+    Advance the session past everything that the primary has by now; pin it if that is unknown.
+    """
+    # The primary's position is an upper bound for everything that any node can have shown.
+    position = None
+    if (primary := core.cluster.primary) is not None:
+        seen = yield AwaitObservation(primary.name, started, core.settings.probe_timeout)
+        if seen is not None and not seen.in_recovery:
+            position = seen.bound_position
+    if position is None:
+        pin(core, session, "no position could be taken")
+    else:
+        session.advance(Token([position]))
+
+
+def or_pinned(core: Core, session: Session, plan: Plan[None]) -> Plan[None]:
+    """
+    Carry out a plan that advances the session, and pin the session if it is ended early.
+    """
+    # Whatever ends the plan early, the session has not advanced: unknown goes to the primary.
+    try:
+        yield from plan
+    except BaseException:
+        pin(core, session, "taking the position was interrupted")
+        raise
+
+
+def pin(core: Core, session: Session, why: str) -> None:
+    """
+    Send the session's reads to the primary for ``pin_seconds``: its position is unknown.
+    """
+    until = core.unix_clock() + core.settings.pin_seconds
+    session.pin(until)
+    core.emit(PositionUnknown(why, until))
