@@ -8,6 +8,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from time import monotonic
 from typing import Any, Self, TypeVar, Unpack
 
@@ -125,15 +126,8 @@ class Router(BaseRouter):
             else _plans.open_forced(core, session, asked, node)
         )
         lease = self._run(plan)
-        interrupted = False
-        try:
-            with lease.conn:
-                yield lease.conn
-        except BaseException as error:
-            interrupted = not isinstance(error, Exception)
-            raise
-        finally:
-            self._run(_plans.close_read(core, session, lease, interrupted=interrupted))
+        with self._using(lease, partial(_plans.close_read, core, session, lease)) as conn:
+            yield conn
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -150,15 +144,8 @@ class Router(BaseRouter):
         core = self._running()
         session = current_session()
         lease = self._run(_plans.open_write(core, session))
-        interrupted = False
-        try:
-            with lease.conn:
-                yield lease.conn
-        except BaseException as error:
-            interrupted = not isinstance(error, Exception)
-            raise
-        finally:
-            self._run(_plans.close_write(core, session, lease, interrupted=interrupted))
+        with self._using(lease, partial(_plans.close_write, core, session, lease)) as conn:
+            yield conn
 
     def choose(
         self,
@@ -201,20 +188,16 @@ class Router(BaseRouter):
             asked = core.new_read(session, None, consistency)
             asked.excluded |= tried
             lease = self._run(_plans.open_read(core, session, asked))
-            interrupted = False
+            close = partial(_plans.close_read, core, session, lease)
             try:
-                with lease.conn:
-                    return fn(lease.conn, *args)
+                with self._using(lease, close) as conn:
+                    return fn(conn, *args)
             except psycopg.Error as error:
-                again = _plans.is_retriable(error.sqlstate, lost=lease.conn.closed)
-                if lease.route.is_primary or not again:
+                # What psycopg raises for a lost connection has no SQLSTATE.
+                lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+                if lease.route.is_primary or not _plans.is_retriable(error.sqlstate, lost=lost):
                     raise
                 tried.add(lease.node)
-            except BaseException as error:
-                interrupted = not isinstance(error, Exception)
-                raise
-            finally:
-                self._run(_plans.close_read(core, session, lease, interrupted=interrupted))
 
     def token(self) -> Token:
         """
@@ -232,6 +215,20 @@ class Router(BaseRouter):
         that cannot be reached raises nothing; the session is pinned to the primary instead.
         """
         self._run(_plans.capture(self._running(), current_session()))
+
+    @contextmanager
+    def _using(
+        self, lease: _plans.Lease, close: Callable[..., _steps.Plan[None]]
+    ) -> Iterator[Connection]:
+        interrupted = False
+        try:
+            with lease.conn:
+                yield lease.conn
+        except BaseException as error:
+            interrupted = not isinstance(error, Exception)
+            raise
+        finally:
+            self._run(close(interrupted=interrupted))
 
     # Starting
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Self, TypeVar, Unpack
 
 import psycopg
@@ -119,15 +120,8 @@ class AsyncRouter(BaseRouter):
             else _plans.open_forced(core, session, asked, node)
         )
         lease = await self._run(plan)
-        interrupted = False
-        try:
-            async with lease.conn:
-                yield lease.conn
-        except BaseException as error:
-            interrupted = not isinstance(error, Exception)
-            raise
-        finally:
-            await self._run(_plans.close_read(core, session, lease, interrupted=interrupted))
+        async with self._using(lease, partial(_plans.close_read, core, session, lease)) as conn:
+            yield conn
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Connection]:
@@ -144,15 +138,8 @@ class AsyncRouter(BaseRouter):
         core = self._running()
         session = current_session()
         lease = await self._run(_plans.open_write(core, session))
-        interrupted = False
-        try:
-            async with lease.conn:
-                yield lease.conn
-        except BaseException as error:
-            interrupted = not isinstance(error, Exception)
-            raise
-        finally:
-            await self._run(_plans.close_write(core, session, lease, interrupted=interrupted))
+        async with self._using(lease, partial(_plans.close_write, core, session, lease)) as conn:
+            yield conn
 
     async def choose(
         self,
@@ -195,20 +182,16 @@ class AsyncRouter(BaseRouter):
             asked = core.new_read(session, None, consistency)
             asked.excluded |= tried
             lease = await self._run(_plans.open_read(core, session, asked))
-            interrupted = False
+            close = partial(_plans.close_read, core, session, lease)
             try:
-                async with lease.conn:
-                    return await fn(lease.conn, *args)
+                async with self._using(lease, close) as conn:
+                    return await fn(conn, *args)
             except psycopg.Error as error:
-                again = _plans.is_retriable(error.sqlstate, lost=lease.conn.closed)
-                if lease.route.is_primary or not again:
+                # What psycopg raises for a lost connection has no SQLSTATE.
+                lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+                if lease.route.is_primary or not _plans.is_retriable(error.sqlstate, lost=lost):
                     raise
                 tried.add(lease.node)
-            except BaseException as error:
-                interrupted = not isinstance(error, Exception)
-                raise
-            finally:
-                await self._run(_plans.close_read(core, session, lease, interrupted=interrupted))
 
     async def token(self) -> Token:
         """
@@ -226,6 +209,20 @@ class AsyncRouter(BaseRouter):
         that cannot be reached raises nothing; the session is pinned to the primary instead.
         """
         await self._run(_plans.capture(self._running(), current_session()))
+
+    @asynccontextmanager
+    async def _using(
+        self, lease: _plans.Lease, close: Callable[..., _steps.Plan[None]]
+    ) -> AsyncIterator[Connection]:
+        interrupted = False
+        try:
+            async with lease.conn:
+                yield lease.conn
+        except BaseException as error:
+            interrupted = not isinstance(error, Exception)
+            raise
+        finally:
+            await self._run(close(interrupted=interrupted))
 
     # Starting
 
