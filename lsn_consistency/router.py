@@ -63,7 +63,11 @@ class Router(BaseRouter):
         """
         with self._open_lock:
             if self._core is None:
-                self._start()
+                try:
+                    self._start()
+                except BaseException:
+                    self._stop()
+                    raise
             self._opened = True
 
     def close(self) -> None:
@@ -72,13 +76,7 @@ class Router(BaseRouter):
         """
         with self._open_lock:
             self._opened = False
-            monitors, self._core, self._monitors = self._monitors, None, None
-            if monitors is not None:
-                monitors.stop()
-            # The pools stay known: a connection in use goes back to a closed pool, which closes it.
-            for name, pool in self._pools.items():
-                if not self._is_given(name):
-                    pool.close()
+            self._stop()
 
     def __enter__(self) -> Self:
         self.open()
@@ -248,7 +246,7 @@ class Router(BaseRouter):
             core.cluster.wait_for_observation(name, float("-inf"), event.set)
             for name, event in zip(self._sources, events, strict=True)
         ]
-        self._core, self._pools = core, pools
+        self._pools = pools
         self._monitors = MonitorThread(
             lambda: [Monitor(name, self._monitor_connect(name), core) for name in self._sources]
         )
@@ -259,6 +257,16 @@ class Router(BaseRouter):
         for name, pool in pools.items():
             if not self._is_given(name):
                 pool.open(wait=False)
+        self._core = core
+
+    def _stop(self) -> None:
+        monitors, self._core, self._monitors = self._monitors, None, None
+        if monitors is not None:
+            monitors.stop()
+        # The pools stay known: a connection in use goes back to a closed pool, which closes it.
+        for name, pool in self._pools.items():
+            if not self._is_given(name):
+                pool.close()
 
     def _new_pool(self, core: Core, name: str) -> ConnectionPool[Any]:
         users = self._settings.pool_options.get("configure")

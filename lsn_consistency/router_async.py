@@ -61,21 +61,18 @@ class AsyncRouter(BaseRouter):
         """
         async with self._open_lock:
             if self._core is None:
-                await self._start()
+                try:
+                    await self._start()
+                except BaseException:
+                    await self._stop()
+                    raise
 
     async def close(self) -> None:
         """
         End the monitors and close the pools that the router made.
         """
         async with self._open_lock:
-            tasks, self._core, self._tasks, self._monitors = self._tasks, None, [], {}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            # The pools stay known: a connection in use goes back to a closed pool, which closes it.
-            for name, pool in self._pools.items():
-                if not self._is_given(name):
-                    await pool.close()
+            await self._stop()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -232,7 +229,7 @@ class AsyncRouter(BaseRouter):
         for name in self._sources:
             given = self._is_given(name)
             pools[name] = self._open_given(name) if given else self._new_pool(core, name)
-        self._core, self._pools = core, pools
+        self._pools = pools
         first = [asyncio.create_task(self._first_observation(core, name)) for name in self._sources]
         for name in self._sources:
             monitor = Monitor(name, self._monitor_connect(name), core)
@@ -248,6 +245,17 @@ class AsyncRouter(BaseRouter):
         for name, pool in pools.items():
             if not self._is_given(name):
                 await pool.open(wait=False)
+        self._core = core
+
+    async def _stop(self) -> None:
+        tasks, self._core, self._tasks, self._monitors = self._tasks, None, [], {}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # The pools stay known: a connection in use goes back to a closed pool, which closes it.
+        for name, pool in self._pools.items():
+            if not self._is_given(name):
+                await pool.close()
 
     async def _first_observation(self, core: Core, name: str) -> None:
         await self._wait(

@@ -215,3 +215,22 @@ def seconds_of(function: Callable[[], object]) -> float:
     began = time.monotonic()
     function()
     return time.monotonic() - began
+
+
+def test_an_interrupted_open_leaves_nothing(pg: EmbeddedCluster) -> None:
+    """An open() that is cancelled leaves no task, and the router can be opened again."""
+    pg.replicas["replica_1"].freeze()
+
+    async def scenario() -> tuple[list[str], bool]:
+        router = make_router("async", pg, probe_timeout=5.0, connect_timeout=5.0)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await router.open()
+        left = await tasks_left()
+        pg.replicas["replica_1"].thaw()
+        await router.open()
+        healthy = all(node["healthy"] for node in router.snapshot().values())
+        await router.close()
+        return left, healthy
+
+    assert ([], True) == asyncio.run(scenario())
