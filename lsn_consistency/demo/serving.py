@@ -144,8 +144,11 @@ def _ready(options: Options, console: Console) -> Iterator[tuple[socket.socket, 
     """
     key = secrets.token_hex(32) if options.secret_key is None else options.secret_key
     TokenCodec(key)
-    _quieten()
-    with _listening(options.port) as listener, _cluster(options, console) as cluster:
+    with (
+        _quiet(),
+        _listening(options.port) as listener,
+        _cluster(options, console) as cluster,
+    ):
         yield listener, Stage.prepare(cluster, options.apply_delay), key
 
 
@@ -191,9 +194,17 @@ def _server(app: ASGIApp) -> uvicorn.Server:
     )
 
 
-def _quieten() -> None:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """
     Leave warnings about servers that a visitor has stopped to the page, which shows them.
     """
-    for name in ("lsn_consistency", "psycopg.pool"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lsn_consistency", "psycopg.pool")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
