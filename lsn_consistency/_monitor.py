@@ -85,7 +85,7 @@ class Monitor:
             except TimeoutError:
                 return
             finally:
-                if socket is not None and not loop.is_closed():
+                if socket is not None and not loop.is_closed() and self._is_ours():
                     loop.remove_reader(socket)
 
     def _interval(self) -> float:
@@ -144,11 +144,14 @@ class Monitor:
         return await _wire.run_async(observe(self._conn, self._identity), timeout)
 
     def _close(self) -> None:
-        # In a forked child, where this may run when the child collects what it inherited, finish()
-        # would end the parent's session.
-        if self._conn is not None and os.getpid() == self._process:
+        if self._conn is not None and self._is_ours():
             self._conn.pgconn.finish()
         self._conn = None
+
+    def _is_ours(self) -> bool:
+        # A forked child that collects what it inherited must not end the parent's session, nor
+        # touch the selector that both share.
+        return os.getpid() == self._process
 
 
 class MonitorThread:

@@ -117,6 +117,7 @@ def look_around(router: Router, number: int) -> Found:
 def blocking(nodes: Nodes) -> Found:
     """An open router is used in two children, and again in the parent."""
     with Router(**nodes, pool_options=POOL) as router:
+        wait_until(lambda: len(monitor_pids(router)) == len(nodes["replicas"]) + 1)
         before = look_around(router, 1)
         quick = in_child(lambda: look_around(router, 2))
         exits = in_child(lambda: look_around(router, 3), exits=True)
@@ -246,6 +247,8 @@ def open_async(nodes: Nodes) -> Found:
     run = loop.run_until_complete
     run(router.open())
     run(write_and_read_async(router, 1))
+    # A router that was closed a moment ago may still have its backends.
+    wait_until(lambda: len(run(monitor_pids_async(router))) == len(nodes["replicas"]) + 1)
     before = run(monitor_pids_async(router))
     quick = in_child(lambda: asyncio.run(child(router, 2)))
     exits = in_child(lambda: asyncio.run(child(router, 3)), exits=True)
