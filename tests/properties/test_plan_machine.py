@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -58,7 +59,7 @@ class Client:
         return held is not None and held >= Position(SYSTEM, commit.timeline, Lsn(commit.end))
 
 
-class Work:
+class Work(ABC):
     """
     Be one read or write: its opening plan, what happens on the connection, its closing plan.
     """
@@ -73,14 +74,17 @@ class Work:
         self.timeline = world.core.cluster.timeline
         self.operation = self.opened()
 
+    @abstractmethod
     def opened(self) -> Operation:
-        raise NotImplementedError("a read or a write opens differently")
+        """Begin the opening plan."""
 
+    @abstractmethod
     def body(self, lease: Lease, chance: Random) -> Operation:
-        raise NotImplementedError("a read or a write uses its connection differently")
+        """Use the connection, and begin the closing plan."""
 
+    @abstractmethod
     def closed(self, lease: Lease) -> None:
-        raise NotImplementedError("a read or a write promises differently")
+        """Judge what the work has promised."""
 
     def advance(self, chance: Random) -> None:
         if not self.operation.done:
