@@ -97,11 +97,14 @@ def pg_cluster(pytestconfig: pytest.Config) -> Iterator[EmbeddedCluster]:
 @pytest.fixture
 def lagging_replica(pg_cluster: EmbeddedCluster) -> Iterator[Replica]:
     """
-    Offer a replica of `pg_cluster` that applies nothing until the test is over.
+    Offer a replica of `pg_cluster` that has what was committed so far, and applies nothing more.
+
+    It is healed after the test.
     """
     replica = next(iter(pg_cluster.replicas.values()), None)
     if replica is None:
         pytest.fail("lagging_replica needs --lsn-replicas (ini: lsn_replicas) of at least 1")
+    pg_cluster.wait_caught_up()
     replica.pause_replay()
     yield replica
     pg_cluster.heal()

@@ -48,7 +48,7 @@ from tests.cluster.web import (
 CLIENTS = 100
 FORGERIES = 800
 AT_ONCE = 25
-STALL_SECONDS = 0.5
+STALL_SECONDS = 1.0
 """Far below what the waits of these tests take, and far above a request that waits for nothing."""
 
 
@@ -361,8 +361,8 @@ def slowest_ping(web: Web, until: Future[httpx.Response]) -> float:
 
 
 def test_a_read_that_waits_holds_up_nobody(kind: Kind, pg: EmbeddedCluster, table: str) -> None:
-    """While reads wait a second for a replica, the event loop answers other requests."""
-    with open_web(kind, pg, wait_seconds=1.0, **PATIENT) as web:
+    """While reads wait two seconds for a replica, the event loop answers other requests."""
+    with open_web(kind, pg, wait_seconds=2.0, **PATIENT) as web:
         client = web.browser()
         pause(pg)
         client.add(1)
@@ -372,13 +372,13 @@ def test_a_read_that_waits_holds_up_nobody(kind: Kind, pg: EmbeddedCluster, tabl
         waited = time.monotonic() - began
         ids = [looked(each.result(CALL_SECONDS)).ids for each in reads]
     assert slowest < STALL_SECONDS
-    assert 1.0 <= waited < 3.0
+    assert 2.0 <= waited < 5.0
     assert [[1]] * 5 == ids
 
 
 def test_a_capture_that_waits_holds_up_nobody(kind: Kind, pg: EmbeddedCluster, table: str) -> None:
     """A frozen primary delays the POST by one probe: it succeeds, pinned, and is alone in that."""
-    with open_web(kind, pg, probe_timeout=1.0) as web:
+    with open_web(kind, pg, probe_timeout=2.0) as web:
         client = web.browser(header=True)
         client.get("/items")
         pg.primary.freeze()
@@ -391,7 +391,7 @@ def test_a_capture_that_waits_holds_up_nobody(kind: Kind, pg: EmbeddedCluster, t
     token = sent_token(response)
     assert (200, 1) == (response.status_code, len(unknown))
     assert slowest < STALL_SECONDS
-    assert waited < 2.5
+    assert waited < 4.5
     assert token is not None
     assert token.pin_until == unknown[0].pin_until
-    assert now + 5 <= unknown[0].pin_until < now + 8
+    assert now + 5 <= unknown[0].pin_until < now + 10
