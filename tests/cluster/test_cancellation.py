@@ -76,7 +76,9 @@ def test_50_cancelled_reads_leave_nothing_behind(pg: EmbeddedCluster, shape: str
         pg.heal()
         app.wait_healthy()
         _assert_nothing_left(app)
-        wait_until(lambda: app.call(_tasks()) <= tasks | _pool_workers(app))
+        wait_until(
+            lambda: not _extra_tasks(app, tasks), describe=lambda: str(_extra_tasks(app, tasks))
+        )
         answers = app.each(20, lambda _: app.run_read(lambda conn: conn.value("SELECT 42")))
     assert cancelled > CANCELLED / 4
     assert [42] * 20 == answers
@@ -109,6 +111,10 @@ async def _tasks() -> set[str]:
         for task in asyncio.all_tasks()
         if task is not asyncio.current_task() and not task.done()
     }
+
+
+def _extra_tasks(app: App, before: set[str]) -> set[str]:
+    return set(app.call(_tasks())) - before - _pool_workers(app)
 
 
 def _pool_workers(app: App) -> set[str]:
