@@ -105,11 +105,17 @@ async def _cancelled_reads(app: App, token: Token, delays: list[float]) -> int:
     return sum(outcomes)
 
 
+def _is_inner_wait(task: asyncio.Task[Any]) -> bool:
+    # On Python 3.11 asyncio.wait_for wraps what it waits for in a task, here an event of the pool's
+    # scheduler, which waits for minutes.
+    return getattr(task.get_coro(), "__qualname__", "") == "Event.wait"
+
+
 async def _tasks() -> set[str]:
     return {
         task.get_name()
         for task in asyncio.all_tasks()
-        if task is not asyncio.current_task() and not task.done()
+        if task is not asyncio.current_task() and not task.done() and not _is_inner_wait(task)
     }
 
 
