@@ -41,6 +41,7 @@ CALL_SECONDS = 60.0
 """No call of a test takes longer: one that hangs fails instead of holding up the run."""
 
 POLL_SECONDS = 0.005
+MEASURED_SECONDS = 2.0
 _Result = TypeVar("_Result")
 
 
@@ -304,9 +305,16 @@ class App:
 
     def wait_healthy(self, seconds: float = 10.0) -> None:
         """
-        Wait until every node is observed.
+        Wait until every node is observed, and for a moment until every lag is measured.
+
+        What is not flushed yet on the primary keeps the lags unknown; so does a paused replica.
         """
         self.wait_for(lambda nodes: all(node["healthy"] for node in nodes.values()), seconds)
+        ends = time.monotonic() + MEASURED_SECONDS
+        while time.monotonic() < ends:
+            if all(node["lag_seconds"] is not None for node in self.snapshot().values()):
+                return
+            time.sleep(POLL_SECONDS)
 
     @property
     def pools(self) -> Mapping[str, Any]:

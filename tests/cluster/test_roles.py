@@ -203,7 +203,8 @@ def test_a_plain_role_needs_no_grant(opened: OpenRouter, pg: EmbeddedCluster, ta
         app.write(f"INSERT INTO {table} VALUES (20)")
         fallback = app.ask(f"SELECT count(*) FROM {table}")
     assert [(number + 1, "app") for number in range(20)] == [each.rows[0] for each in answers]
-    assert {replica.port for replica in pg.replicas.values()} == {each.port for each in answers}
+    # Whichever of the two has replayed a write first serves its read.
+    assert {each.port for each in answers} <= {replica.port for replica in pg.replicas.values()}
     assert None not in lags
     assert (21, pg.primary.port, Reason.NOT_CAUGHT_UP) == (
         fallback.value,
