@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from lsn_consistency._core import Core
+from lsn_consistency._core import Core, Facts
 from lsn_consistency._monitor import Connect
 from lsn_consistency._settings import Settings, check_weights, name_nodes
 from lsn_consistency.events import Event
@@ -136,6 +136,13 @@ class BaseRouter:
     def _default_kwargs(self) -> dict[str, Any]:
         return {"connect_timeout": max(1, math.ceil(self._settings.connect_timeout))}
 
+    def _fit_to_pooler(self, conn: Any, facts: Facts) -> None:
+        # A pooler gives the next transaction another server, which has not prepared anything. What
+        # the user has asked for stays: newer poolers can follow prepared statements.
+        kwargs = self._settings.pool_options.get("kwargs") or {}
+        if facts.pooled and not callable(kwargs) and "prepare_threshold" not in kwargs:
+            conn.prepare_threshold = None
+
     def _monitor_connect(self, name: str) -> Connect:
         source = self._sources[name]
         if isinstance(source, str):
@@ -144,10 +151,12 @@ class BaseRouter:
         else:
             conninfo, kwargs = source.conninfo, source.kwargs or {}
 
-        async def connect() -> psycopg.AsyncConnection[Any]:
+        async def connect(*, replication: bool = False) -> psycopg.AsyncConnection[Any]:
             parameters = await _resolved(kwargs)
             parameters = {**self._default_kwargs(), **_libpq_parameters(parameters)}
             parameters["application_name"] = "lsn_consistency"
+            if replication:
+                parameters["replication"] = "database"
             text = make_conninfo(await _resolved(conninfo) or "", **parameters)
             return await psycopg.AsyncConnection.connect(text, autocommit=True)
 

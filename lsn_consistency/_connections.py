@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from lsn_consistency import _sql
 from lsn_consistency._core import Core, Facts
-from lsn_consistency._decision import Read, Serve
 from lsn_consistency._nodes import Node
 from lsn_consistency._observation import Observation
 from lsn_consistency._steps import (
@@ -20,6 +19,7 @@ from lsn_consistency._steps import (
     identify,
     observe,
 )
+from lsn_consistency._verdicts import Read, Serve
 
 READY_SECONDS: Final = 0.001
 """Time to take a connection that lies ready in its pool, and no time to open another."""
@@ -59,18 +59,18 @@ def look(core: Core, read: Read | None, serve: Serve, conn: Any) -> Plan[tuple[F
     if facts is None:
         identity, seen = yield from identify(conn)
         facts = core.met(name, conn, identity, seen)
+        seen = core.cluster.completed(name, seen)
         if not facts.pooled or read is None:
             return facts, seen
     if facts.pooled and read is not None:
-        yield Fetch(conn, _sql.BEGIN_READ_COMMITTED)
+        yield from begin(conn, facts)
     known = core.usable(facts, core.clock())
     if known is not None:
         good = core.cluster.is_primary(known) if read is None else core.admits(read, serve, known)
         if good:
             return facts, known
     seen = yield from observe(conn, facts.identity)
-    core.observed(name, seen)
-    return facts, seen
+    return facts, core.observed(name, seen)
 
 
 def make_read_only(core: Core, conn: Any, facts: Facts, *, in_recovery: bool) -> Plan[None]:
@@ -81,13 +81,27 @@ def make_read_only(core: Core, conn: Any, facts: Facts, *, in_recovery: bool) ->
         # The transaction that the check opened is read-only already.
         return
     if not conn.autocommit:
-        if not facts.changed:
-            facts.changed, facts.own_read_only = True, conn.read_only
-        yield SetReadOnly(conn, True)
+        yield from _change_to_read_only(conn, facts)
     elif not facts.read_only and not (in_recovery and core.is_given(facts.node)):
         # A standby is read-only by itself: a given pool's connection need not be changed and back.
         yield Fetch(conn, _sql.READ_ONLY)
         facts.read_only = True
+
+
+def begin(conn: Any, facts: Facts) -> Plan[None]:
+    """
+    Open the transaction in which a read behind a pooler is checked and carried out.
+    """
+    if not conn.autocommit:
+        # For transactions that the user opens after this one.
+        yield from _change_to_read_only(conn, facts)
+    yield Fetch(conn, _sql.BEGIN_READ_COMMITTED)
+
+
+def _change_to_read_only(conn: Any, facts: Facts) -> Plan[None]:
+    if not facts.changed:
+        facts.changed, facts.own_read_only = True, conn.read_only
+    yield SetReadOnly(conn, True)
 
 
 def make_writable(conn: Any, facts: Facts) -> Plan[None]:
@@ -123,3 +137,12 @@ def report(core: Core, name: str, failure: NodeFailure) -> None:
     if failure.down:
         core.failed(name, failure.cause)
     core.kick(name)
+
+
+def look_again(core: Core, names: tuple[str, ...]) -> Plan[None]:
+    """
+    Get a new observation of each of these nodes, one after the other.
+    """
+    # The primary is first: a replica then had time to replay what the primary's sample says.
+    for name in names:
+        yield AwaitObservation(name, core.clock(), core.settings.probe_timeout)

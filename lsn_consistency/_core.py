@@ -7,17 +7,18 @@ on it. Nothing here waits, connects or logs.
 
 from __future__ import annotations
 
-import random
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from random import random as draw
 from typing import Any, Final
 
 from lsn_consistency import _decision
-from lsn_consistency._nodes import Cluster
+from lsn_consistency._cluster import Cluster
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import Settings
 from lsn_consistency._sql import Identity
+from lsn_consistency._verdicts import Read, Serve, Verdict
 from lsn_consistency.consistency import Consistency, effective
 from lsn_consistency.events import Event, LagExceeded
 from lsn_consistency.session import Session
@@ -67,6 +68,7 @@ class Core:
         emit: Callable[[Event], None],
         kick: Callable[[str], None],
         warn: Callable[[str], None],
+        random: Callable[[], float] = draw,
     ) -> None:
         self.settings = settings
         self._given = frozenset(given)
@@ -76,18 +78,30 @@ class Core:
         self.emit = emit
         self.kick = kick
         self._warn = warn
+        self._random = random
         self._warned_at = float("-inf")
+        self._warned_timelines: set[int] = set()
         self._recycled_at = float("-inf")
         self._facts: weakref.WeakKeyDictionary[Any, Facts] = weakref.WeakKeyDictionary()
 
     # What the monitors and connections report
 
-    def observed(self, name: str, seen: Observation, *, sample: bool = False) -> None:
+    def observed(
+        self,
+        name: str,
+        seen: Observation,
+        *,
+        sample: bool = False,
+        before: Observation | None = None,
+    ) -> Observation:
         """
-        Take an observation of a node and tell the hook what changed.
+        Take an observation of a node, tell the hook what changed, and return it completed.
+
+        See `Cluster.record` for ``sample`` and ``before``.
         """
-        for event in self.cluster.record(name, seen, sample=sample):
+        for event in self.cluster.record(name, seen, sample=sample, before=before):
             self.emit(event)
+        return self.cluster.completed(name, seen)
 
     def failed(self, name: str, error: BaseException) -> None:
         """
@@ -177,39 +191,55 @@ class Core:
         token: Token | None,
         consistency: Consistency | None,
         wait_seconds: float | None = None,
-    ) -> _decision.Read:
+    ) -> Read:
         """
         Say what one read asks for: its own token, else the session's.
         """
         level = effective(consistency, self.settings.consistency)
         session.accessed = True
-        return _decision.Read(
+        return Read(
             level=level,
             token=session.token if token is None else token,
             lag_limit=level.lag_limit(self.settings.max_lag_seconds),
             wait_seconds=self.settings.wait_seconds if wait_seconds is None else wait_seconds,
             preferred=session.node,
+            # The clock is read after the token.
+            began=self.clock(),
         )
 
-    def decide(self, read: _decision.Read) -> _decision.Verdict:
+    def decide(self, read: Read) -> Verdict:
         """
         Ask the decision with this moment's clocks.
         """
-        return _decision.decide(self.cluster, read, self.clock(), self.unix_clock(), random.random)
+        return _decision.decide(self.cluster, read, self.clock(), self.unix_clock(), self._random)
 
-    def decide_stale(self, read: _decision.Read, serve: _decision.Serve) -> _decision.Serve | None:
+    def decide_stale(self, read: Read, serve: Serve) -> Serve | None:
         """
         Ask for the replica that serves a read which may be stale.
         """
-        return _decision.decide_stale(self.cluster, read, serve.reason, self.clock(), random.random)
+        return _decision.decide_stale(self.cluster, read, serve.reason, self.clock(), self._random)
 
-    def admits(self, read: _decision.Read, serve: _decision.Serve, seen: Observation) -> bool:
+    def admits(self, read: Read, serve: Serve, seen: Observation) -> bool:
         """
         Tell whether a connection whose server was observed so may serve the read.
         """
         return _decision.admits(self.cluster, read, serve, seen, self.clock())
 
-    def warn_lag_exceeded(self, read: _decision.Read) -> None:
+    def warn_history_unknown(self) -> None:
+        """
+        Report, once for each timeline, that tokens of older ones cannot be proven to be on it.
+        """
+        timeline = self.cluster.timeline
+        if timeline in self._warned_timelines:
+            return
+        self._warned_timelines.add(timeline)
+        self._warn(
+            f"the history of timeline {timeline} is not known: each token of an older timeline "
+            "reads from the primary once, and a lost write is not noticed. A role with the "
+            "REPLICATION attribute ends that"
+        )
+
+    def warn_lag_exceeded(self, read: Read) -> None:
         """
         Report that every replica lags, at most once in ten seconds.
         """

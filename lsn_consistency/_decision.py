@@ -23,109 +23,35 @@ its time, a refresh once.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from lsn_consistency._nodes import Cluster, Node
+from lsn_consistency._cluster import Cluster
+from lsn_consistency._lineage import (
+    Unprovable,
+    is_abandoned,
+    is_on_its_timeline,
+    primary_timeline,
+    required_position,
+)
+from lsn_consistency._nodes import Node
 from lsn_consistency._observation import Observation
+from lsn_consistency._verdicts import Fail, Lost, Read, Refresh, Serve, Verdict, Wait
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import (
     NoNodeAvailableError,
     ReplayTimeoutError,
-    RoutingError,
 )
 from lsn_consistency.lsn import Position
 from lsn_consistency.route import Reason
-from lsn_consistency.tokens import Token
 
 FRESH_SHARE: Final = 0.25
 """An observation older than this share of the lag limit is refreshed before the limit decides."""
 
 
-@dataclass(slots=True)
-class Read:
-    """
-    Hold what one read asks for, and what became of its attempts.
-
-    ``excluded`` nodes have failed. Of a ``refused`` one the connections that were tried could not
-    serve; it may be tried again after a wait.
-    """
-
-    level: Consistency
-    token: Token
-    lag_limit: float
-    wait_seconds: float
-    preferred: str | None = None
-    excluded: set[str] = field(default_factory=set)
-    refused: set[str] = field(default_factory=set)
-    refusals: Counter[str] = field(default_factory=Counter)
-    waiting_since: float | None = None
-    waited: bool = False
-    waited_seconds: float = 0.0
-    refreshed: bool = False
-    primary_error: BaseException | None = None
-
-
-class Serve(NamedTuple):
-    """
-    Take a connection of ``node``.
-
-    ``required`` is what its server must have reached. ``ask`` says that only an observation on
-    that connection can tell, ``stale`` that the read may be stale, ``primary`` that the node
-    serves as the primary.
-    """
-
-    node: Node
-    reason: Reason
-    lag_seconds: float | None = None
-    required: Position | None = None
-    ask: bool = False
-    stale: bool = False
-    primary: bool = False
-
-
-class Wait(NamedTuple):
-    """
-    Wait for a replica to reach ``required``.
-    """
-
-    required: Position
-
-
-class Refresh(NamedTuple):
-    """
-    Get a new observation of each of these nodes, one after the other.
-    """
-
-    names: tuple[str, ...]
-
-
-class Fail(NamedTuple):
-    """
-    Raise ``error``.
-    """
-
-    error: RoutingError
-
-
-Verdict = Serve | Wait | Refresh | Fail
-
-
 class _Candidate(NamedTuple):
     node: Node
     lag_seconds: float
-
-
-class _Unprovable(Exception):
-    """
-    The read's position cannot be told from its token; the primary must serve.
-    """
-
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 def decide(
@@ -144,9 +70,9 @@ def decide(
         # A timeline's number no longer tells which of its two branches a replica follows.
         return _primary(cluster, read, Reason.NO_REPLICA)
     try:
-        required = _required(cluster, read)
-    except _Unprovable as unprovable:
-        return _primary(cluster, read, unprovable.reason)
+        required = required_position(cluster, read)
+    except Unprovable as unprovable:
+        return _primary(cluster, read, unprovable.reason, lost=unprovable.lost)
     if required is not None and (newer := _newer_timeline(cluster, read, required)):
         return newer
     return _among_replicas(cluster, read, required, (now, unix_now), random)
@@ -159,6 +85,8 @@ def admits(cluster: Cluster, read: Read, serve: Serve, seen: Observation, now: f
     if serve.primary:
         return cluster.is_primary(seen)
     if not seen.in_recovery or not _is_ours(cluster, seen, serve.required):
+        return False
+    if is_abandoned(cluster, read, seen):
         return False
     if serve.required is not None and seen.reaches(serve.required) is not True:
         return False
@@ -181,33 +109,9 @@ def _is_past_pin(read: Read, candidate: _Candidate, unix_now: float) -> bool:
     return until is None or unix_now - candidate.lag_seconds >= until
 
 
-def _required(cluster: Cluster, read: Read) -> Position | None:
-    if not read.level.uses_token or not read.token.positions:
-        return None
-    if cluster.system_id is None:
-        # The token itself says which system it is about, if it names only one.
-        if len(read.token.positions) == 1:
-            return next(iter(read.token.positions.values()))
-        raise _Unprovable(Reason.NO_REPLICA)
-    required = read.token.get(cluster.system_id)
-    if required is None and read.token.is_full:
-        # A full token may have lost the position of this system.
-        raise _Unprovable(Reason.PRIMARY_REQUIRED)
-    if required is not None and _primary_timeline(cluster, required) > required.timeline:
-        raise _Unprovable(Reason.TIMELINE_CHANGED)
-    return required
-
-
-def _primary_timeline(cluster: Cluster, required: Position) -> int:
-    seen = cluster.primary.newest if cluster.primary else None
-    if seen is None or seen.in_recovery or seen.timeline is None:
-        return required.timeline
-    return seen.timeline
-
-
 def _newer_timeline(cluster: Cluster, read: Read, required: Position) -> Verdict | None:
     # Somebody has seen a promotion that this process has not: the primary it knows is a former one.
-    known = _primary_timeline(cluster, required)
+    known = primary_timeline(cluster, required)
     if known >= required.timeline:
         return None
     if not read.refreshed:
@@ -237,7 +141,7 @@ def _among_replicas(
         seen = node.newest
         if seen is None or not seen.in_recovery or node.name in read.excluded:
             continue
-        if not _is_ours(cluster, seen, required):
+        if not _is_ours(cluster, seen, required) or is_abandoned(cluster, read, seen):
             continue
         healthy += 1
         lag = cluster.lag_seconds(seen, now)
@@ -261,6 +165,11 @@ def _among_replicas(
         return Serve(hidden[0], _reason(required), None, required, ask=True)
     if _is_unreachable(cluster, read) and read.level.uses_token:
         unpinned = [each for each in reached if _is_past_pin(read, each, unix_now)]
+        if required is not None and unpinned:
+            proven = [each for each in unpinned if is_on_its_timeline(cluster, each.node)]
+            if not proven and not read.compared and cluster.timeline:
+                return _comparison(cluster, unpinned[0].node)
+            unpinned = proven
         if unpinned:
             chosen = _balanced(_furthest(unpinned), read.preferred, random)
             return _serve(chosen, Reason.PRIMARY_DOWN, required)
@@ -315,6 +224,11 @@ def _is_ours(cluster: Cluster, seen: Observation, required: Position | None) -> 
     if system_id is None:
         return required is not None and required.system_id == seen.server.system_id
     return seen.server.system_id == system_id
+
+
+def _comparison(cluster: Cluster, node: Node) -> Refresh:
+    others = (each.name for each in cluster.all_nodes if each not in (node, cluster.primary))
+    return Refresh((node.name, *others), compare=True)
 
 
 def _is_unreachable(cluster: Cluster, read: Read) -> bool:
@@ -379,10 +293,14 @@ def _load(candidate: _Candidate) -> float:
 
 
 def _primary(
-    cluster: Cluster, read: Read, reason: Reason, required: Position | None = None
+    cluster: Cluster,
+    read: Read,
+    reason: Reason,
+    required: Position | None = None,
+    lost: Lost | None = None,
 ) -> Verdict:
     if cluster.primary is not None and read.primary_error is None:
-        return Serve(cluster.primary, reason, primary=True)
+        return Serve(cluster.primary, reason, primary=True, lost=lost)
     if required is not None and read.waited:
         return Fail(ReplayTimeoutError(required, read.waited_seconds))
     if required is not None and not read.waited:

@@ -22,6 +22,7 @@ from lsn_consistency import _wire
 from lsn_consistency._core import Core
 from lsn_consistency._nodes import FIRST_RETRY_SECONDS
 from lsn_consistency._observation import Observation
+from lsn_consistency._replication import TimelineSource
 from lsn_consistency._sql import Identity
 from lsn_consistency._steps import identify, observe
 
@@ -35,7 +36,8 @@ FIRST_PATIENCE_SECONDS: Final = 0.5
 MAX_PATIENCE_SECONDS: Final = 30.0
 """Times between two new connections to a server that lags, the next one twice as long."""
 
-Connect = Callable[[], Awaitable[Any]]
+Connect = Callable[..., Awaitable[Any]]
+"""Open a connection of a node; ``replication=True`` asks for one to its walsender."""
 
 
 class Monitor:
@@ -51,6 +53,8 @@ class Monitor:
         self._conn: Any = None
         self._process = os.getpid()
         self._identity: Identity | None = None
+        self._seen: Observation | None = None
+        self._timelines = TimelineSource(name, connect, core)
         self._awake = asyncio.Event()
         self._probed_at = _LONG_AGO
         self._patience = FIRST_PATIENCE_SECONDS
@@ -115,14 +119,15 @@ class Monitor:
             if self._conn is None:
                 async with asyncio.timeout(core.settings.connect_timeout):
                     self._conn = await self._connect()
-                self._identity = None
+                self._identity = self._seen = None
             seen = await self._observe()
         except Exception as error:
             self._close()
             core.failed(self.name, error)
         else:
-            core.observed(self.name, seen, sample=True)
-            self._leave_if_lagging(seen)
+            self._seen = core.observed(self.name, seen, sample=True, before=self._seen)
+            self._leave_if_lagging(self._seen)
+            await self._timelines.ask(self._seen)
 
     def _leave_if_lagging(self, seen: Observation) -> None:
         # An endpoint may hide other servers than the one that is watched: a new connection may
@@ -144,8 +149,11 @@ class Monitor:
         return await _wire.run_async(observe(self._conn, self._identity), timeout)
 
     def _close(self) -> None:
-        if self._conn is not None and self._is_ours():
+        if not self._is_ours():
+            self._timelines.forget()
+        elif self._conn is not None:
             self._conn.pgconn.finish()
+        self._timelines.close()
         self._conn = None
 
     def _is_ours(self) -> bool:

@@ -45,6 +45,11 @@ class Observation:
     ``lsn`` is the replay position of a standby, or the normalised insert position of a primary.
     ``bound`` is at or above everything that reads before ``sent_at`` can have shown.
     ``pooled`` tells that a pooler stands between: the next statement may reach another server.
+
+    A standby's ``timeline`` is only a lower bound unless ``timeline_is_certain``. ``streaming``
+    tells that it has a walreceiver. ``switch_point`` is where a server that is no standby any more
+    ended its last recovery, whatever that recovery was for. ``transaction`` names the one in which
+    the server was identified.
     """
 
     server: Server
@@ -58,6 +63,10 @@ class Observation:
     flush_delay_seconds: float = 0.0
     replay_age_seconds: float | None = None
     pooled: bool = False
+    timeline_is_certain: bool = True
+    streaming: bool = False
+    switch_point: Lsn | None = None
+    transaction: str | None = None
 
     @property
     def position(self) -> Position | None:
@@ -157,6 +166,9 @@ class PrimarySamples:
         The age of the observation is part of it.
         """
         if seen.lsn is None or self._origin != (seen.server.system_id, seen.timeline):
+            return math.inf
+        if seen.lsn > self._inserts.newest and seen.received_at <= self.newest_at:
+            # No standby of this primary can be ahead of it: it follows another.
             return math.inf
         return now - max(self._inserts.time_of(seen.lsn), self._flushes.time_of(seen.lsn))
 

@@ -1,5 +1,5 @@
 """
-The steps of a read, a write and a choice, without the input and output.
+The steps of a read and of a choice, without the input and output.
 
 The blocking and the async router carry out the same plans, so both route alike by construction. A
 plan that is thrown a cancellation gives back what it holds, by yielding once more, before it lets
@@ -11,19 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lsn_consistency import _sql
 from lsn_consistency._connections import (
     READY_SECONDS,
+    begin,
     look,
+    look_again,
     make_read_only,
-    make_writable,
     meet,
     patience_with_primary,
     report,
     restore,
 )
 from lsn_consistency._core import Core, Facts
-from lsn_consistency._decision import Fail, Read, Refresh, Serve, Wait, no_primary
 from lsn_consistency._observation import Observation
 from lsn_consistency._positions import advance_past_primary, advance_past_read, or_pinned, pin
 from lsn_consistency._sql import Identity
@@ -32,17 +31,18 @@ from lsn_consistency._steps import (
     AwaitPosition,
     AwaitTurn,
     Checkout,
-    Fetch,
     NodeFailure,
     Plan,
     Return,
     observe,
 )
-from lsn_consistency.consistency import Consistency, effective
-from lsn_consistency.events import FallbackLimited, ReadRouted
+from lsn_consistency._verdicts import Fail, Lost, Read, Refresh, Serve, Wait
+from lsn_consistency.consistency import Consistency
+from lsn_consistency.events import FallbackLimited, LostWrite, ReadRouted
 from lsn_consistency.exceptions import (
     ConfigurationError,
     FallbackLimitError,
+    LostWriteError,
     NoNodeAvailableError,
 )
 from lsn_consistency.route import Reason, Route
@@ -53,8 +53,7 @@ MAX_ATTEMPTS: Final = 16
 CONNECTIONS_TRIED: Final = 3
 MAX_REFUSALS: Final = 4
 RETRY_AFTER_SECONDS: Final = 1.0
-RETRIABLE_STATES: Final = frozenset({"40001", "40P01", "57P01", "57P02", "57P03"})
-"""Recovery conflicts and shutdowns: the same read can succeed on another node."""
+_NOTHING: Final = Token()
 _FALLBACKS: Final = frozenset(
     {Reason.NOT_CAUGHT_UP, Reason.LAG_EXCEEDED, Reason.NO_REPLICA, Reason.TIMELINE_CHANGED}
 )
@@ -63,7 +62,9 @@ _FALLBACKS: Final = frozenset(
 @dataclass(slots=True)
 class Lease:
     """
-    Hold a connection in use, and why it was given.
+    Hold a connection in use, and why it was given; ``token`` is the session's from before that.
+
+    ``transaction`` is that of a read behind a pooler, ``seen`` its server at the end of that.
     """
 
     node: str
@@ -71,7 +72,11 @@ class Lease:
     facts: Facts
     route: Route
     level: Consistency
+    token: Token = _NOTHING
     fallback: bool = False
+    lost: Lost | None = None
+    transaction: str | None = None
+    seen: Observation | None = None
 
 
 def open_read(core: Core, session: Session, read: Read) -> Plan[Lease]:
@@ -83,9 +88,11 @@ def open_read(core: Core, session: Session, read: Read) -> Plan[Lease]:
     attempts = MAX_ATTEMPTS + MAX_REFUSALS * len(core.cluster.nodes)
     for _ in range(attempts):
         verdict = yield from _verdict(core, read)
-        lease = yield from _serve(core, read, verdict)
+        lease = yield from take(core, read, verdict)
         if lease is not None:
             _note(core, session, lease.route)
+            yield from _report_lost(core, session, lease)
+            lease.token = session.token
             return lease
     raise NoNodeAvailableError({}, f"no node served the read in {attempts} attempts")
 
@@ -104,7 +111,40 @@ def choose(core: Core, session: Session, read: Read) -> Plan[Route]:
     if route.reason is Reason.LAG_EXCEEDED:
         core.warn_lag_exceeded(read)
     _note(core, session, route)
+    if route.reason is Reason.TIMELINE_CHANGED:
+        _warn_unproven(core, verdict)
+        # No read follows that would give the session a position on the new timeline.
+        yield from advance_past_primary(core, session, session.token, core.clock())
+    _raise_lost(core, verdict.lost)
     return route
+
+
+def _report_lost(core: Core, session: Session, lease: Lease) -> Plan[None]:
+    if lease.lost is None:
+        return
+    # Nobody waits for a lost position twice.
+    seen = core.cluster.nodes[lease.node].newest
+    if seen is not None and seen.bound_position is not None and core.cluster.is_primary(seen):
+        session.reissue(lease.lost.position, seen.bound_position)
+    try:
+        _raise_lost(core, lease.lost)
+    except LostWriteError:
+        lease.token = session.token
+        yield from close_read(core, session, lease, interrupted=False)
+        raise
+
+
+def _warn_unproven(core: Core, serve: Serve) -> None:
+    if serve.reason is Reason.TIMELINE_CHANGED and serve.lost is None:
+        core.warn_history_unknown()
+
+
+def _raise_lost(core: Core, lost: Lost | None) -> None:
+    if lost is None:
+        return
+    core.emit(LostWrite(lost.position, lost.timeline, lost.switch_point))
+    if core.settings.on_lost_write == "error":
+        raise LostWriteError(lost.position, lost.switch_point)
 
 
 def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lease]:
@@ -123,7 +163,7 @@ def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lea
             if facts is None:
                 facts = yield from meet(core, name, conn)
             if facts.pooled:
-                yield Fetch(conn, _sql.BEGIN_READ_COMMITTED)
+                yield from begin(conn, facts)
             yield from make_read_only(core, conn, facts, in_recovery=False)
         except BaseException:
             yield Return(name, conn)
@@ -138,7 +178,23 @@ def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lea
     route = Route(name, "replica" if facts.in_recovery else "primary", Reason.FORCED)
     session.last_route = route
     core.emit(ReadRouted(route))
-    return Lease(name, conn, facts, route, read.level)
+    return Lease(name, conn, facts, route, read.level, session.token)
+
+
+def last_look(lease: Lease) -> Plan[None]:
+    """
+    Observe the server of a read behind a pooler while the read's transaction still holds it.
+    """
+    if lease.transaction is None:
+        return
+    try:
+        seen = yield from observe(lease.conn, lease.facts.identity)
+    except NodeFailure:
+        # The primary is asked then.
+        return
+    # After a COMMIT of the user's the pooler may have changed the server in between.
+    if seen.transaction == lease.transaction:
+        lease.seen = seen
 
 
 def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
@@ -162,6 +218,7 @@ def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -
     shares = node.in_flight > 1 and not node.hides_servers
     asks = not (interrupted or shares or lease.facts.pooled)
     seen = yield from _give_back(core, lease, lease.facts.identity if asks else None)
+    seen = seen or lease.seen
     if interrupted:
         pin(core, session, "the read was interrupted")
         return
@@ -169,7 +226,7 @@ def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -
         seen = yield AwaitObservation(lease.node, started, core.settings.probe_timeout)
         if seen is not None and seen.server != lease.facts.identity.server:
             seen = None
-    yield from advance_past_read(core, session, seen, started)
+    yield from advance_past_read(core, session, seen, lease.token, started)
 
 
 def _give_back(core: Core, lease: Lease, observed: Identity | None) -> Plan[Observation | None]:
@@ -187,110 +244,10 @@ def _give_back(core: Core, lease: Lease, observed: Identity | None) -> Plan[Obse
     return seen
 
 
-def open_write(core: Core, session: Session) -> Plan[Lease]:
+def take(core: Core, read: Read, serve: Serve) -> Plan[Lease | None]:
     """
-    Take a connection of the primary.
-
-    Raises the driver's own error, or `NoNodeAvailableError` when no node is the primary.
+    Take a connection as a decision says; None if none could be had or none may serve the read.
     """
-    session.accessed = True
-    if core.cluster.primary is None:
-        yield from _look_again(core, tuple(core.cluster.nodes))
-    for _ in range(CONNECTIONS_TRIED):
-        primary = core.cluster.primary
-        if primary is None:
-            break
-        serve = Serve(primary, Reason.PRIMARY_REQUIRED, primary=True)
-        try:
-            timeout = yield from patience_with_primary(core, primary)
-            conn = yield Checkout(primary.name, timeout, core.settings.connect_timeout)
-            try:
-                facts, seen = yield from look(core, None, serve, conn)
-                if core.cluster.is_primary(seen):
-                    yield from make_writable(conn, facts)
-                    route = Route(primary.name, "primary", Reason.PRIMARY_REQUIRED)
-                    level = effective(None, core.settings.consistency)
-                    return Lease(primary.name, conn, facts, route, level)
-            except BaseException:
-                yield Return(primary.name, conn)
-                raise
-            yield Return(primary.name, conn)
-        except NodeFailure as failure:
-            report(core, primary.name, failure)
-            raise failure.cause from None
-    failures = {node.name: node.last_error or "is a standby" for node in core.cluster.all_nodes}
-    raise NoNodeAvailableError(failures, no_primary(core.cluster))
-
-
-def close_write(core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
-    """
-    Take the position after COMMIT, advance the session by it, and give the connection back.
-
-    Nothing is raised: when the position cannot be had here, a fresh one of the primary is taken,
-    and when there is none the session is pinned to the primary.
-    """
-    session.wrote = True
-    yield from or_pinned(core, session, _close_write(core, session, lease, interrupted))
-
-
-def _close_write(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:
-    started = core.clock()
-    seen: Observation | None = None
-    sticky = lease.level.name == "sticky"
-    if sticky:
-        session.pin(core.unix_clock() + (lease.level.seconds or 0.0))
-    try:
-        if not interrupted and not sticky:
-            seen = yield from observe(lease.conn, lease.facts.identity)
-    except NodeFailure as failure:
-        report(core, lease.node, failure)
-    finally:
-        yield Return(lease.node, lease.conn)
-    if sticky:
-        return
-    if interrupted:
-        pin(core, session, "the write was interrupted")
-    elif seen is None or seen.in_recovery or seen.bound_position is None:
-        yield from advance_past_primary(core, session, started)
-    else:
-        session.advance(Token([seen.bound_position]))
-
-
-def capture(core: Core, session: Session) -> Plan[None]:
-    """
-    Advance the session past everything that is committed on the primary by now.
-    """
-    session.wrote = True
-    level = effective(None, core.settings.consistency)
-    if level.name == "sticky":
-        session.pin(core.unix_clock() + (level.seconds or 0.0))
-        return
-    yield from or_pinned(core, session, advance_past_primary(core, session, core.clock()))
-
-
-def primary_token(core: Core) -> Plan[Token]:
-    """
-    Return the primary's position as a token.
-
-    Raises `NoNodeAvailableError` when it cannot be had.
-    """
-    primary = core.cluster.primary
-    if primary is not None:
-        seen = yield AwaitObservation(primary.name, core.clock(), core.settings.probe_timeout)
-        if seen is not None and not seen.in_recovery and seen.position is not None:
-            return Token([seen.position])
-    failures = {node.name: node.last_error or "not asked" for node in core.cluster.all_nodes}
-    raise NoNodeAvailableError(failures, "the primary's position cannot be had")
-
-
-def is_retriable(state: str | None, *, lost: bool) -> bool:
-    """
-    Tell whether a read that failed so may run again on another node.
-    """
-    return lost or state in RETRIABLE_STATES
-
-
-def _serve(core: Core, read: Read, serve: Serve) -> Plan[Lease | None]:
     fallback = serve.primary and serve.reason in _FALLBACKS
     if not core.cluster.enter(serve.node, fallback=fallback):
         serve = yield from _limited(core, read, serve)
@@ -316,8 +273,13 @@ def _serve(core: Core, read: Read, serve: Serve) -> Plan[Lease | None]:
         return None
     if serve.reason is Reason.LAG_EXCEEDED:
         core.warn_lag_exceeded(read)
-    conn, facts = connected
-    return Lease(serve.node.name, conn, facts, _route(read, serve), read.level, fallback)
+    _warn_unproven(core, serve)
+    conn, facts, seen = connected
+    lease = Lease(serve.node.name, conn, facts, _route(read, serve), read.level)
+    lease.fallback, lease.lost = fallback, serve.lost
+    if facts.pooled and read.level.advances_on_reads:
+        lease.transaction = seen.transaction
+    return lease
 
 
 def _limited(core: Core, read: Read, serve: Serve) -> Plan[Serve]:
@@ -339,7 +301,7 @@ def _limited(core: Core, read: Read, serve: Serve) -> Plan[Serve]:
     raise FallbackLimitError(limit, RETRY_AFTER_SECONDS)
 
 
-def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts] | None]:
+def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts, Observation] | None]:
     name = serve.node.name
     timeout: float | None = core.settings.connect_timeout
     renew = READY_SECONDS
@@ -352,7 +314,7 @@ def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts] | N
             facts, seen = yield from look(core, read, serve, conn)
             if core.admits(read, serve, seen):
                 yield from make_read_only(core, conn, facts, in_recovery=seen.in_recovery)
-                return conn, facts
+                return conn, facts, seen
         except BaseException:
             yield Return(name, conn)
             raise
@@ -374,8 +336,9 @@ def _verdict(core: Core, read: Read) -> Plan[Serve]:
         if isinstance(verdict, Fail):
             raise verdict.error from read.primary_error
         if isinstance(verdict, Refresh):
-            read.refreshed = True
-            yield from _look_again(core, verdict.names)
+            read.compared = read.compared or verdict.compare
+            read.refreshed = read.refreshed or not verdict.compare
+            yield from look_again(core, verdict.names)
         else:
             yield from _await(core, read, verdict)
 
@@ -386,21 +349,14 @@ def _await(core: Core, read: Read, verdict: Wait) -> Plan[None]:
     ends = read.waiting_since + read.wait_seconds
     if read.wait_seconds <= 0:
         # Not waiting for a replica to catch up still means to look whether one has.
-        yield from _look_again(core, _replicas(core))
+        yield from look_again(core, _replicas(core))
     elif (left := ends - core.clock()) > 0:
-        yield AwaitPosition(verdict.required, left)
+        yield AwaitPosition(verdict.required, left, read.began)
     now = core.clock()
     read.waited_seconds = now - read.waiting_since
     read.waited = now >= ends
     # Another server of an endpoint may be reached now, or the same one may have caught up.
     read.refused = {name for name in read.refused if read.refusals[name] >= MAX_REFUSALS}
-
-
-def _look_again(core: Core, names: tuple[str, ...]) -> Plan[None]:
-    # One after the other, the primary first: a replica then had time to replay what the primary's
-    # sample says.
-    for name in names:
-        yield AwaitObservation(name, core.clock(), core.settings.probe_timeout)
 
 
 def _replicas(core: Core) -> tuple[str, ...]:

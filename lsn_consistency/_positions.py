@@ -7,19 +7,37 @@ from __future__ import annotations
 from lsn_consistency._core import Core
 from lsn_consistency._observation import Observation
 from lsn_consistency._steps import AwaitObservation, Plan
-from lsn_consistency.events import PositionUnknown
+from lsn_consistency.events import LostWrite, PositionUnknown
 from lsn_consistency.session import Session
 from lsn_consistency.tokens import Token
 
 
+def advance_to(core: Core, session: Session, seen: Observation, held: Token) -> bool:
+    """
+    Advance the session to the bound of an observation; False if that is unknown.
+
+    ``held`` is a token from before the observation was made. Where a primary has not reached it,
+    it never will: then the session's position is replaced.
+    """
+    position = seen.bound_position
+    if position is None:
+        return False
+    before = held.get(position.system_id)
+    if seen.in_recovery or before is None or before <= position:
+        session.advance(Token([position]))
+    elif before.timeline == position.timeline and core.cluster.is_primary(seen):
+        core.emit(LostWrite(before, position.timeline, position.lsn))
+        session.reissue(before, position)
+    return True
+
+
 def advance_past_read(
-    core: Core, session: Session, seen: Observation | None, started: float
+    core: Core, session: Session, seen: Observation | None, held: Token, started: float
 ) -> Plan[None]:
     """
     Advance the session past what a read can have shown; ``seen`` is its server afterwards.
     """
-    if seen is not None and seen.bound_position is not None:
-        session.advance(Token([seen.bound_position]))
+    if seen is not None and advance_to(core, session, seen, held):
         return
     primary = core.cluster.primary
     if seen is not None and seen.position is not None and (primary is None or primary.failures):
@@ -27,23 +45,19 @@ def advance_past_read(
         # session to it would stop the session's reads; docs/limits.md says what this leaves open.
         session.advance(Token([seen.position]))
         return
-    yield from advance_past_primary(core, session, started)
+    yield from advance_past_primary(core, session, held, started)
 
 
-def advance_past_primary(core: Core, session: Session, started: float) -> Plan[None]:
+def advance_past_primary(core: Core, session: Session, held: Token, started: float) -> Plan[None]:
     """
     Advance the session past everything that the primary has by now; pin it if that is unknown.
     """
     # The primary's position is an upper bound for everything that any node can have shown.
-    position = None
+    seen = None
     if (primary := core.cluster.primary) is not None:
         seen = yield AwaitObservation(primary.name, started, core.settings.probe_timeout)
-        if seen is not None and not seen.in_recovery:
-            position = seen.bound_position
-    if position is None:
+    if seen is None or seen.in_recovery or not advance_to(core, session, seen, held):
         pin(core, session, "no position could be taken")
-    else:
-        session.advance(Token([position]))
 
 
 def or_pinned(core: Core, session: Session, plan: Plan[None]) -> Plan[None]:

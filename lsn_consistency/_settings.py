@@ -20,6 +20,7 @@ from lsn_consistency.exceptions import ConfigurationError
 PRIMARY_NAME = "primary"
 
 FallbackAction = Literal["wait", "stale", "error"]
+LostWriteAction = Literal["report", "error"]
 
 
 class RouterOptions(TypedDict, total=False):
@@ -40,6 +41,8 @@ class RouterOptions(TypedDict, total=False):
     max_fallback_reads: int | None
     on_fallback_limit: FallbackAction
     fallback_wait_seconds: float
+    hedge_share: float
+    on_lost_write: LostWriteAction
     pool_options: Mapping[str, Any]
     on_event: EventHook | None
 
@@ -74,6 +77,10 @@ class Settings:
     on_fallback_limit: FallbackAction = "wait"
     fallback_wait_seconds: float = 1.0
     """How long ``on_fallback_limit="wait"`` waits before it raises."""
+    hedge_share: float = 0.05
+    """How many of the reads with ``hedge_after`` may ask a second replica, from 0 to 1."""
+    on_lost_write: LostWriteAction = "report"
+    """What a read does whose token's write may be lost: emit `LostWrite`, or raise as well."""
     pool_options: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the pools that the router makes: ``min_size``, ``kwargs``, ``configure``, ..."""
     on_event: EventHook | None = None
@@ -112,6 +119,14 @@ class Settings:
                 'on_fallback_limit takes "wait", "stale" or "error", '
                 f"not {self.on_fallback_limit!r}"
             )
+        if self.on_lost_write not in ("report", "error"):
+            raise ConfigurationError(
+                f'on_lost_write takes "report" or "error", not {self.on_lost_write!r}'
+            )
+        if not _is_number(self.hedge_share) or not 0 <= self.hedge_share <= 1:
+            raise ConfigurationError(
+                f"hedge_share takes a share from 0 to 1, not {self.hedge_share!r}"
+            )
         _count("failure_threshold", self.failure_threshold)
         if self.max_fallback_reads is not None:
             _count("max_fallback_reads", self.max_fallback_reads)
@@ -141,9 +156,20 @@ _POSITIVE = (
 _NOT_NEGATIVE = ("wait_seconds", "fallback_wait_seconds")
 
 
+def check_seconds(name: str, value: Any) -> None:
+    """
+    Raise `ConfigurationError` for an argument that is no number of seconds from 0 up.
+    """
+    _number(name, value, zero=True)
+
+
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
+
+
 def _number(name: str, value: Any, *, zero: bool) -> None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or value < 0 or (value == 0 and not zero):
+    if not _is_number(value) or value < 0 or (value == 0 and not zero):
         wanted = "a number of seconds from 0 up" if zero else "a positive number"
         raise ConfigurationError(f"{name} takes {wanted}, not {value!r}")
 

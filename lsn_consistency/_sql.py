@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from lsn_consistency._observation import Observation, Server
-from lsn_consistency.lsn import Lsn, normalize_insert_lsn, unsigned_system_id
+from lsn_consistency.lsn import (
+    Lsn,
+    TimelineHistory,
+    normalize_insert_lsn,
+    unsigned_system_id,
+)
 
 Row = Sequence[str | None]
 
@@ -27,15 +32,16 @@ _PROBE_COLUMNS: Final = """\
  case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_receive_lsn()
       else pg_catalog.pg_current_wal_flush_lsn() end,
  case when pg_catalog.pg_is_in_recovery()
-      then greatest((select pg_catalog.max(received_tli) from pg_catalog.pg_stat_wal_receiver),
-                    (select timeline_id from pg_catalog.pg_control_checkpoint()))
+      then (select timeline_id from pg_catalog.pg_control_checkpoint())
       else ('x' || pg_catalog.left(
               pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 8)
            )::bit(32)::bigint end,
+ (select pg_catalog.max(received_tli) from pg_catalog.pg_stat_wal_receiver),
  exists (select from pg_catalog.pg_stat_wal_receiver),
  pg_catalog.current_setting('recovery_min_apply_delay') <> '0',
- extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.pg_last_xact_replay_timestamp())"""
-_PROBE_WIDTH: Final = 9
+ extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.pg_last_xact_replay_timestamp()),
+ case when not pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn() end"""
+_PROBE_WIDTH: Final = 11
 
 _IDENTITY_COLUMNS: Final = """\
  (select system_identifier from pg_catalog.pg_control_system()),
@@ -43,7 +49,8 @@ _IDENTITY_COLUMNS: Final = """\
  extract(epoch from pg_catalog.pg_postmaster_start_time()),
  pg_catalog.current_setting('wal_block_size'),
  pg_catalog.pg_size_bytes(pg_catalog.current_setting('wal_segment_size')),
- extract(epoch from pg_catalog.current_setting('wal_writer_delay')::interval)"""
+ extract(epoch from pg_catalog.current_setting('wal_writer_delay')::interval),
+ pg_catalog.pg_backend_pid() || ' ' || pg_catalog.transaction_timestamp()"""
 
 PROBE: Final = b"select" + _PROBE_COLUMNS.encode()
 """Observe a server whose identity is known already."""
@@ -53,9 +60,10 @@ IDENTIFY: Final = PROBE + b"," + _IDENTITY_COLUMNS.encode()
 
 IDENTIFY_WITHOUT_WAL: Final = b"""select
  pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(),
- null, null, null, null, false, false, null,
+ null, null, null, null, null, false, false, null, null,
  0, pg_catalog.host(pg_catalog.inet_server_addr()), pg_catalog.inet_server_port(),
- extract(epoch from pg_catalog.pg_postmaster_start_time()), 8192, 16777216, 0"""
+ extract(epoch from pg_catalog.pg_postmaster_start_time()), 8192, 16777216, 0,
+ pg_catalog.pg_backend_pid() || ' ' || pg_catalog.transaction_timestamp()"""
 """The same where the WAL functions are missing or forbidden: every position stays unknown."""
 
 WAL_FUNCTIONS_UNAVAILABLE: Final = frozenset({"0A000", "42501", "42883"})
@@ -63,6 +71,9 @@ WAL_FUNCTIONS_UNAVAILABLE: Final = frozenset({"0A000", "42501", "42883"})
 
 BEGIN_READ_COMMITTED: Final = b"begin isolation level read committed read only"
 """Behind a pooler, check and read share one transaction, whose every statement is fresh."""
+
+IDENTIFY_SYSTEM: Final = b"IDENTIFY_SYSTEM"
+"""Ask for the timeline on a replication connection: exact on standbys too."""
 
 READ_ONLY: Final = b"set session characteristics as transaction read only"
 READ_WRITE: Final = b"set session characteristics as transaction read write"
@@ -92,7 +103,7 @@ def read_identity(row: Row, backend_pid: int) -> Identity:
     """
     Read the identity of an `IDENTIFY` row. ``backend_pid`` is the one that the protocol reported.
     """
-    system, address, port, started, block, segment, delay = row[_PROBE_WIDTH:]
+    system, address, port, started, block, segment, delay, _ = row[_PROBE_WIDTH:]
     server = Server(
         unsigned_system_id(int(system or 0)),
         address,
@@ -111,7 +122,9 @@ def read_observation(
     """
     Read the probe columns of a row that came from the server of ``identity``.
     """
-    pid, recovery, paused, lsn, other, timeline, streaming, delayed, age = row[:_PROBE_WIDTH]
+    pid, recovery, paused, lsn, other, timeline, received, streaming, delayed, age, switch = row[
+        :_PROBE_WIDTH
+    ]
     in_recovery = recovery == "t"
     position = None if lsn is None else Lsn.parse(lsn)
     second = None if other is None else Lsn.parse(other)
@@ -122,7 +135,10 @@ def read_observation(
     return Observation(
         server=identity.server,
         in_recovery=in_recovery,
-        timeline=None if timeline is None else int(timeline),
+        timeline=_timeline(timeline, received if in_recovery else None),
+        timeline_is_certain=not in_recovery or received is not None,
+        streaming=in_recovery and streaming == "t",
+        switch_point=None if switch is None else Lsn.parse(switch),
         lsn=position,
         sent_at=sent_at,
         received_at=received_at,
@@ -135,7 +151,38 @@ def read_observation(
         flush_delay_seconds=identity.flush_delay_seconds,
         replay_age_seconds=None if age is None else float(age),
         pooled=int(pid or 0) != backend_pid,
+        transaction=row[-1] if len(row) > _PROBE_WIDTH else None,
     )
+
+
+def timeline_history(timeline: int) -> bytes:
+    """
+    Return the replication command that asks for the history file of a timeline.
+    """
+    return b"TIMELINE_HISTORY %d" % timeline
+
+
+def read_system_timeline(row: Row) -> int:
+    """
+    Read the timeline of an `IDENTIFY_SYSTEM` row.
+    """
+    return int(row[1] or 0)
+
+
+def read_timeline_history(timeline: int, row: Row) -> TimelineHistory:
+    """
+    Read the row of `timeline_history`: a file's name and its content.
+
+    Raises `ValueError` for a content that is no history.
+    """
+    return TimelineHistory.parse(timeline, row[1] or "")
+
+
+def _timeline(known: str | None, received: str | None) -> int | None:
+    # A standby's control file names the timeline of its last restartpoint, and the walreceiver the
+    # one that is received: replay follows it, and cannot be beyond the place where it begins.
+    timelines = [int(each) for each in (known, received) if each is not None]
+    return max(timelines, default=None)
 
 
 def _bound(replay: Lsn | None, receive: Lsn | None, held: bool, streaming: bool) -> Lsn | None:

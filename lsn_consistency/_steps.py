@@ -7,13 +7,16 @@ the step cannot be done. Steps are plain data; the routers and the monitors carr
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Generator, Mapping
+from typing import Any, Final, NamedTuple, TypeVar
 
 from lsn_consistency import _sql
-from lsn_consistency._observation import Observation
+from lsn_consistency._hedges import Race, Run
+from lsn_consistency._observation import Observation, Server
+from lsn_consistency._retries import Work
 from lsn_consistency._sql import Identity, Row
-from lsn_consistency.lsn import Position
+from lsn_consistency._timelines import FIRST_TIMELINE
+from lsn_consistency.lsn import Position, TimelineHistory
 
 _Result = TypeVar("_Result")
 Plan = Generator["Step", Any, _Result]
@@ -61,10 +64,13 @@ class Return(NamedTuple):
 class Fetch(NamedTuple):
     """
     Run one statement of `_sql` on a connection within ``probe_timeout``; gives a `Reply`.
+
+    ``simple`` asks for the simple query protocol, the only one of a replication connection.
     """
 
     conn: Any
     statement: bytes
+    simple: bool = False
 
 
 class SetReadOnly(NamedTuple):
@@ -79,10 +85,13 @@ class SetReadOnly(NamedTuple):
 class AwaitPosition(NamedTuple):
     """
     Wait until a replica reaches ``required``, for ``seconds`` at most.
+
+    The wait also ends when the primary, asked after ``since``, turns out not to have it.
     """
 
     required: Position
     seconds: float
+    since: float
 
 
 class AwaitObservation(NamedTuple):
@@ -103,7 +112,74 @@ class AwaitTurn(NamedTuple):
     seconds: float
 
 
-Step = Checkout | Return | Fetch | SetReadOnly | AwaitPosition | AwaitObservation | AwaitTurn
+class Call(NamedTuple):
+    """
+    Call the user's function in a block of the connection, ``last`` at its end; gives an `Ended`.
+
+    Only what is no `Exception` is thrown, and only without a ``run``: nobody but the caller can
+    have interrupted it then.
+    """
+
+    conn: Any
+    work: Work
+    last: Generator[Any, Any, None]
+    run: Run | None = None
+
+
+class Spawn(NamedTuple):
+    """
+    Carry out a plan beside this one; False when there is no room for one more ``run``.
+    """
+
+    plan: Generator[Any, Any, None]
+    run: Run | None
+
+
+class AwaitRace(NamedTuple):
+    """
+    Wait until a race is over, for ``seconds`` at most; None for as long as its runs take.
+    """
+
+    race: Race
+    seconds: float | None
+
+
+class Abandon(NamedTuple):
+    """
+    End a run that is not needed: cancel its statement on the server, or cut its connection off.
+    """
+
+    run: Run
+
+
+Step = (
+    Checkout
+    | Return
+    | Fetch
+    | SetReadOnly
+    | AwaitPosition
+    | AwaitObservation
+    | AwaitTurn
+    | Call
+    | Spawn
+    | AwaitRace
+    | Abandon
+)
+
+METHODS: Final[Mapping[type, str]] = {
+    Checkout: "_checkout",
+    Return: "_return",
+    Fetch: "_fetch",
+    SetReadOnly: "_set_read_only",
+    AwaitPosition: "_await_position",
+    AwaitObservation: "_await_observation",
+    AwaitTurn: "_await_turn",
+    Call: "_call",
+    Spawn: "_spawn",
+    AwaitRace: "_await_race",
+    Abandon: "_abandon",
+}
+"""The method of a router that carries out each step."""
 
 
 class Reply(NamedTuple):
@@ -117,12 +193,14 @@ class Reply(NamedTuple):
     received_at: float
 
 
-def identify(conn: Any) -> Plan[tuple[Identity, Observation]]:
+def identify(conn: Any, *, limited: bool = False) -> Plan[tuple[Identity, Observation]]:
     """
     Observe the server behind a connection and learn which one it is.
+
+    ``limited`` says that it refuses its WAL functions, which would end a transaction.
     """
     try:
-        reply: Reply = yield Fetch(conn, _sql.IDENTIFY)
+        reply: Reply = yield Fetch(conn, _sql.IDENTIFY_WITHOUT_WAL if limited else _sql.IDENTIFY)
     except NodeFailure as failure:
         if failure.state not in _sql.WAL_FUNCTIONS_UNAVAILABLE:
             raise
@@ -137,7 +215,25 @@ def observe(conn: Any, identity: Identity) -> Plan[Observation]:
     """
     # Behind a pooler each statement, or transaction, can reach another server.
     if identity.pooled or identity.limited:
-        _, seen = yield from identify(conn)
+        _, seen = yield from identify(conn, limited=identity.pooled and identity.limited)
         return seen
     reply: Reply = yield Fetch(conn, _sql.PROBE)
     return _sql.read_observation(identity, *reply)
+
+
+def ask_timeline(conn: Any, server: Server) -> Plan[tuple[int, TimelineHistory | None]]:
+    """
+    Ask a server over a replication connection for its timeline and the history of that.
+
+    On a standby it is the timeline of the last replayed record (`IdentifySystem` in PostgreSQL's
+    walsender.c). Raises `NodeFailure` when the connection leads to another server.
+    """
+    reply: Reply = yield Fetch(conn, _sql.IDENTIFY, simple=True)
+    if _sql.read_identity(reply.row, reply.backend_pid).server != server:
+        raise NodeFailure(ConnectionError("the replication connection is of another server"))
+    reply = yield Fetch(conn, _sql.IDENTIFY_SYSTEM, simple=True)
+    timeline = _sql.read_system_timeline(reply.row)
+    if timeline == FIRST_TIMELINE:
+        return timeline, None
+    reply = yield Fetch(conn, _sql.timeline_history(timeline), simple=True)
+    return timeline, _sql.read_timeline_history(timeline, reply.row)

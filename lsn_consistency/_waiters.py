@@ -8,6 +8,7 @@ this module's user.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from itertools import count
 from typing import Final, Protocol
@@ -16,6 +17,7 @@ from lsn_consistency._observation import Observation
 from lsn_consistency.lsn import Position
 
 _COMPACT_ABOVE: Final = 64
+_NOWHERE: Final = (-1, math.inf)
 
 
 class Queue(Protocol):
@@ -46,6 +48,9 @@ class Waiter:
         self.seen: Observation | None = None
 
 
+_Entry = tuple[int, int, float, Waiter]
+
+
 class PositionQueue:
     """
     Keep waiters by the position that they wait for, the least position first.
@@ -53,10 +58,11 @@ class PositionQueue:
     An observation touches the waiters that it releases, not those that go on waiting.
     """
 
-    __slots__ = ("_active", "_heaps", "_order", "_size")
+    __slots__ = ("_active", "_furthest", "_heaps", "_order", "_size")
 
     def __init__(self) -> None:
-        self._heaps: dict[tuple[int, int], list[tuple[int, int, Waiter]]] = {}
+        self._heaps: dict[tuple[int, int], list[_Entry]] = {}
+        self._furthest: dict[tuple[int, int], tuple[int, float]] = {}
         self._order = count()
         self._active = 0
         self._size = 0
@@ -64,12 +70,15 @@ class PositionQueue:
     def __len__(self) -> int:
         return self._active
 
-    def add(self, required: Position, waiter: Waiter) -> None:
+    def add(self, required: Position, waiter: Waiter, since: float = math.inf) -> None:
         """
-        Let ``waiter`` wait until a server reaches ``required``.
+        Let ``waiter`` wait until a server reaches ``required``, which the primary had at ``since``.
         """
-        heap = self._heaps.setdefault((required.system_id, required.timeline), [])
-        heapq.heappush(heap, (required.lsn, next(self._order), waiter))
+        key = (required.system_id, required.timeline)
+        heap = self._heaps.setdefault(key, [])
+        heapq.heappush(heap, (required.lsn, next(self._order), since, waiter))
+        if since < math.inf and required.lsn >= self._furthest.get(key, _NOWHERE)[0]:
+            self._furthest[key] = (required.lsn, since)
         self._active += 1
         self._size += 1
 
@@ -84,7 +93,7 @@ class PositionQueue:
         # Entries of those who gave up stay in the heap until they outnumber the rest: a replica
         # that is paused for hours must not make the heap grow for hours.
         if self._size > _COMPACT_ABOVE and self._size > 2 * self._active:
-            self._compact()
+            self._keep(lambda entry: entry[3].active)
 
     def release(self, seen: Observation) -> list[Waiter]:
         """
@@ -95,23 +104,69 @@ class PositionQueue:
         heap = self._heaps.get((seen.server.system_id, seen.timeline))
         released: list[Waiter] = []
         while heap and heap[0][0] <= seen.lsn:
-            waiter = heapq.heappop(heap)[2]
+            waiter = heapq.heappop(heap)[3]
             self._size -= 1
             if waiter.active:
-                waiter.active = False
-                waiter.seen = seen
-                self._active -= 1
+                self._release(waiter, seen)
                 released.append(waiter)
         return released
 
-    def _compact(self) -> None:
-        heaps: dict[tuple[int, int], list[tuple[int, int, Waiter]]] = {}
+    def is_unconfirmed(self, seen: Observation) -> bool:
+        """
+        Tell whether a primary observed so may not have had the furthest position yet.
+        """
+        lsn, since = self._furthest_of(seen)
+        return self._active > 0 and seen.lsn is not None and seen.lsn < lsn and seen.sent_at < since
+
+    def release_ahead(self, seen: Observation) -> list[Waiter]:
+        """
+        Take out and return the waiters for what the primary, seen afterwards, does not have.
+
+        All are looked at only when there is one for certain: never while nothing was lost.
+        """
+        lsn, since = self._furthest_of(seen)
+        reached = seen.lsn
+        if reached is None or reached >= lsn or seen.sent_at < since:
+            return []
+        heap = self._heaps.get((seen.server.system_id, seen.timeline or 0), [])
+        ahead = [
+            waiter
+            for lsn, _, since, waiter in heap
+            if waiter.active and lsn > reached and since <= seen.sent_at
+        ]
+        for waiter in ahead:
+            self._release(waiter, seen)
+        self._keep(lambda entry: entry[3].active)
+        return ahead
+
+    def release_all(self) -> list[Waiter]:
+        """
+        Take out and return everybody, without an observation.
+        """
+        waiting = [entry[3] for heap in self._heaps.values() for entry in heap if entry[3].active]
+        for waiter in waiting:
+            self._release(waiter, None)
+        self._keep(lambda entry: False)
+        return waiting
+
+    def _release(self, waiter: Waiter, seen: Observation | None) -> None:
+        waiter.active = False
+        waiter.seen = seen
+        self._active -= 1
+
+    def _furthest_of(self, seen: Observation) -> tuple[int, float]:
+        return self._furthest.get((seen.server.system_id, seen.timeline or 0), _NOWHERE)
+
+    def _keep(self, wanted: Callable[[_Entry], bool]) -> None:
+        heaps: dict[tuple[int, int], list[_Entry]] = {}
         for key, heap in self._heaps.items():
-            if kept := [entry for entry in heap if entry[2].active]:
+            if kept := [entry for entry in heap if wanted(entry)]:
                 heapq.heapify(kept)
                 heaps[key] = kept
         self._heaps = heaps
-        self._size = self._active
+        furthest = {key: max(heap) for key, heap in heaps.items()}
+        self._furthest = {key: (entry[0], entry[2]) for key, entry in furthest.items()}
+        self._size = sum(map(len, heaps.values()))
 
 
 class ObservationQueue:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import select
+import socket
 from collections.abc import Iterator
 from time import monotonic
 from typing import Any, Final, Literal, TypeVar
 
-from psycopg import OperationalError, pq
+from psycopg import Error, OperationalError, capabilities, pq
 
+from lsn_consistency._retries import Ended
 from lsn_consistency._sql import Row
 from lsn_consistency._steps import Fetch, NodeFailure, Plan, Reply
 
@@ -51,7 +53,7 @@ def fetch(step: Fetch, timeout: float) -> Reply:
     sent_at = monotonic()
     deadline = sent_at + timeout
     try:
-        for need in _exchange(pgconn, step.statement, rows):
+        for need in _exchange(pgconn, step, rows):
             left = deadline - monotonic()
             if left <= 0 or not _wait(pgconn.socket, need, left):
                 raise TimeoutError
@@ -69,7 +71,7 @@ async def fetch_async(step: Fetch, timeout: float) -> Reply:
     sent_at = monotonic()
     try:
         async with asyncio.timeout(timeout):
-            for need in _exchange(pgconn, step.statement, rows):
+            for need in _exchange(pgconn, step, rows):
                 await _ready(pgconn.socket, need)
     except BaseException as error:
         raise _failure(pgconn, error, timeout) from None
@@ -117,6 +119,51 @@ def is_alive(conn: Any) -> bool:
     return False
 
 
+def ended(conn: Any, error: BaseException) -> Ended:
+    """
+    Describe how a function ended that raised ``error`` while it used a connection.
+    """
+    state = error.sqlstate if isinstance(error, Error) else None
+    # What psycopg raises for a lost connection has no SQLSTATE, what a pooler sends for one is of
+    # class 08. The same errors may come from another connection of the function's own.
+    says_so = isinstance(error, OperationalError) and (state is None or state.startswith("08"))
+    return Ended(None, error, state, lost=says_so and bool(conn.broken), clean=is_idle(conn))
+
+
+def cancel(conn: Any, seconds: float) -> bool:
+    """
+    Have the server cancel what a connection runs; False if it did not say within ``seconds``.
+
+    Safe from another thread than the one that uses the connection. Before libpq 17 a request to
+    cancel may hang with its server, so none is made.
+    """
+    if not capabilities.has_cancel_safe():
+        return False
+    try:
+        conn.cancel_safe(timeout=seconds)
+    except Error:
+        return False
+    return True
+
+
+def cut(conn: Any) -> None:
+    """
+    End the stream of a connection under whoever uses it: it finds that its server has gone.
+
+    To close the connection instead would pull it from under another thread.
+    """
+    pgconn = conn.pgconn
+    try:
+        number = pgconn.socket
+        with socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as stream:
+            # The number may have been given to another file before it was copied.
+            if pgconn.socket == number:
+                stream.shutdown(socket.SHUT_RDWR)
+    except (Error, OSError):
+        # It is closed already.
+        return
+
+
 def is_idle(conn: Any) -> bool:
     """
     Tell whether a connection works and is in no transaction.
@@ -142,9 +189,12 @@ def _failure(pgconn: Any, error: BaseException, timeout: float) -> BaseException
     return NodeFailure(error) if isinstance(error, Exception) else error
 
 
-def _exchange(pgconn: Any, statement: bytes, rows: list[Row]) -> Iterator[Need]:
-    # The extended protocol takes one statement only, and gives text columns.
-    pgconn.send_query_params(statement, None)
+def _exchange(pgconn: Any, step: Fetch, rows: list[Row]) -> Iterator[Need]:
+    # The extended protocol takes one statement only. Both give text columns.
+    if step.simple:
+        pgconn.send_query(step.statement)
+    else:
+        pgconn.send_query_params(step.statement, None)
     while pgconn.flush():
         yield "write"
     failure: RefusedError | None = None
@@ -167,7 +217,7 @@ def _exchange(pgconn: Any, statement: bytes, rows: list[Row]) -> Iterator[Need]:
 
 def _text(result: Any) -> Row:
     values = (result.get_value(0, column) for column in range(result.nfields))
-    return tuple(None if value is None else value.decode() for value in values)
+    return tuple(None if value is None else value.decode("utf-8", "replace") for value in values)
 
 
 def _refusal(result: Any) -> RefusedError:
@@ -178,13 +228,13 @@ def _refusal(result: Any) -> RefusedError:
     )
 
 
-def _wait(socket: int, need: Need, seconds: float) -> bool:
+def _wait(number: int, need: Need, seconds: float) -> bool:
     poll = select.poll()
-    poll.register(socket, select.POLLIN if need == "read" else select.POLLOUT)
+    poll.register(number, select.POLLIN if need == "read" else select.POLLOUT)
     return bool(poll.poll(seconds * 1000))
 
 
-async def _ready(socket: int, need: Need) -> None:
+async def _ready(number: int, need: Need) -> None:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 
@@ -197,8 +247,8 @@ async def _ready(socket: int, need: Need) -> None:
         if need == "read"
         else (loop.add_writer, loop.remove_writer)
     )
-    add(socket, wake)
+    add(number, wake)
     try:
         await ready
     finally:
-        remove(socket)
+        remove(number)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lsn_consistency.exceptions import TokenError
+from lsn_consistency.lsn import Lsn, Position
 from lsn_consistency.route import Role, Route
 from lsn_consistency.tokens import Token
 
@@ -60,6 +61,22 @@ class PositionUnknown:
 
 
 @dataclass(frozen=True, slots=True)
+class LostWrite:
+    """
+    A token asks for a position that the primary's log does not have: its write may be lost.
+
+    A failover dropped it, the primary crashed before it had flushed an asynchronous commit, or an
+    older backup was restored; or the position covered no more than unused log. ``timeline`` is the
+    primary's, ``switch_point`` the LSN at which its log left the timeline of ``position``, or ends
+    itself where that is the same one; None where it never was on it.
+    """
+
+    position: Position
+    timeline: int
+    switch_point: Lsn | None
+
+
+@dataclass(frozen=True, slots=True)
 class LagExceeded:
     """
     Every healthy replica lags for more than the bound, so the primary serves.
@@ -103,6 +120,30 @@ class RoleChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadRetried:
+    """
+    A run of ``run_read`` failed by the fault of node ``name``, and its function runs elsewhere.
+
+    ``state`` is the SQLSTATE of the failure, None for a lost connection.
+    """
+
+    name: str
+    state: str | None
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadHedged:
+    """
+    A read on ``name`` was slow, so ``other`` was given the same; ``won`` if its answer was taken.
+    """
+
+    name: str
+    other: str
+    won: bool
+
+
+@dataclass(frozen=True, slots=True)
 class FallbackLimited:
     """
     A read found ``max_fallback_reads`` reads on the primary already.
@@ -119,10 +160,13 @@ Event = (
     | TokenRejected
     | TokenNotSent
     | PositionUnknown
+    | LostWrite
     | LagExceeded
     | NodeFailed
     | NodeRecovered
     | RoleChanged
+    | ReadRetried
+    | ReadHedged
     | FallbackLimited
 )
 

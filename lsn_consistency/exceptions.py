@@ -212,19 +212,24 @@ class FallbackLimitError(RoutingError):
 
 class LostWriteError(RoutingError):
     """
-    Report a position that the current timeline does not contain.
+    Report a position that the primary's log does not have: its write may be lost.
 
-    The timeline of `position` ended at the LSN `switch_point`, before it: a failover has dropped
-    the write, or the position covered no more than unused log.
+    The log of the primary left the timeline of `position` at the LSN `switch_point`, or ends there
+    if that is its own timeline; None says that it never was on that timeline. A failover has
+    dropped the write, or a crash or a restored backup has; or the position covered no more than
+    unused log. Raised with ``on_lost_write="error"``; the session's token has been replaced by the
+    primary's position, so the next read goes on.
     """
 
-    def __init__(self, position: PositionLike, switch_point: int) -> None:
+    def __init__(self, position: PositionLike, switch_point: int | None) -> None:
         super().__init__(position, switch_point)
         self.position = position
         self.switch_point = switch_point
 
     def __str__(self) -> str:
-        return f"{_describe(self.position)} may be lost: its timeline ended at {self.switch_point}"
+        if self.switch_point is None:
+            return f"{_describe(self.position)} may be lost: the primary's log never was there"
+        return f"{_describe(self.position)} may be lost: the log there ends at {self.switch_point}"
 
 
 def _describe(position: PositionLike) -> str:

@@ -1,5 +1,5 @@
 """
-Log sequence numbers and where they count: `Lsn`, `Position`, and the page-header rule.
+Log sequence numbers and where they count: `Lsn`, `Position`, `TimelineHistory`, page headers.
 
 Pure values: this module knows no server, no clock and no token.
 """
@@ -7,6 +7,9 @@ Pure values: this module knows no server, no clock and no token.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, NamedTuple, Self
 
 from lsn_consistency.exceptions import InvalidLsnError
@@ -98,6 +101,68 @@ class Position(NamedTuple):
         if not _is_integer(timeline) or not 1 <= timeline <= _MAX_UINT32:
             raise ValueError(f"a timeline is an int from 1 to {_MAX_UINT32}")
         return cls(unsigned_system_id(system_id), timeline, lsn if type(lsn) is Lsn else Lsn(lsn))
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineHistory:
+    """
+    Tell where the log of a timeline left each of its ancestors.
+
+    ``switch_points`` maps each known ancestor to the LSN at which its part of this log ends.
+    ``complete`` says that no ancestor is missing there.
+    """
+
+    timeline: int
+    switch_points: Mapping[int, Lsn]
+    complete: bool = True
+
+    @classmethod
+    def parse(cls, timeline: int, text: str) -> TimelineHistory:
+        """
+        Read the content of a history file, as ``TIMELINE_HISTORY`` gives it.
+
+        A line is an ancestor, the LSN at which it was left, and a reason; empty lines and those
+        that begin with ``#`` count for nothing (`readTimeLineHistory` in PostgreSQL's timeline.c).
+        Raises `ValueError` for anything else, `InvalidLsnError` (one too) for an LSN.
+        """
+        switch_points: dict[int, Lsn] = {}
+        for line in text.splitlines():
+            fields = line.split(maxsplit=2)
+            if not fields or fields[0].startswith("#"):
+                continue
+            if len(fields) < 2 or not re.fullmatch(r"[0-9]{1,10}", fields[0]):
+                raise ValueError(f"the history of timeline {timeline} has the line {line!r}")
+            ancestor = int(fields[0])
+            if not max(switch_points, default=0) < ancestor < timeline:
+                raise ValueError(
+                    f"the history of timeline {timeline} names {ancestor} out of order"
+                )
+            switch_points[ancestor] = Lsn.parse(fields[1])
+        return cls(timeline, MappingProxyType(switch_points))
+
+    def continued(self, timeline: int, switch_point: Lsn) -> TimelineHistory:
+        """
+        Return the history of a timeline that left this one at ``switch_point``.
+        """
+        # An earlier ancestor cannot reach beyond the place where its descendant was left.
+        earlier = {each: min(end, switch_point) for each, end in self.switch_points.items()}
+        return TimelineHistory(
+            timeline, MappingProxyType({**earlier, self.timeline: switch_point}), self.complete
+        )
+
+    def contains(self, position: Position) -> bool | None:
+        """
+        Tell whether the log of this timeline has a position: yes, no, or None for unknown.
+
+        A position of timeline t is in it if t is this timeline, or an ancestor that was left at
+        or after that LSN (`tliInHistory` and `tliSwitchPoint` in PostgreSQL's timeline.c).
+        """
+        if position.timeline == self.timeline:
+            return True
+        end = self.switch_points.get(position.timeline)
+        if end is not None:
+            return position.lsn <= end
+        return False if self.complete or position.timeline > self.timeline else None
 
 
 def unsigned_system_id(system_id: int) -> int:

@@ -15,13 +15,14 @@ from typing import Any, Self, TypeVar, Unpack
 import psycopg
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from lsn_consistency import _connections, _plans, _steps, _wire
+from lsn_consistency import _connections, _plans, _retries, _steps, _wire, _writes
 from lsn_consistency._base import BaseRouter
 from lsn_consistency._core import Core
 from lsn_consistency._monitor import Monitor, MonitorThread
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import RouterOptions
 from lsn_consistency._waiters import Waiter
+from lsn_consistency._workers import Threads
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import ConfigurationError
 from lsn_consistency.route import Route
@@ -32,7 +33,7 @@ _Result = TypeVar("_Result")
 Connection = psycopg.Connection[Any]
 
 
-class Router(BaseRouter):
+class Router(Threads, BaseRouter):
     """
     Route reads to replicas that have replayed what the session wrote or saw; for blocking code.
 
@@ -49,6 +50,7 @@ class Router(BaseRouter):
         self, *, primary: Any = None, replicas: Any = (), **options: Unpack[RouterOptions]
     ) -> None:
         super().__init__(primary, replicas, options)
+        self._reset_workers()
         self._opened = False
         self._open_lock = threading.Lock()
         self._monitors: MonitorThread | None = None
@@ -139,10 +141,11 @@ class Router(BaseRouter):
         Raises the driver's own error when the primary is down, and `NoNodeAvailableError` when no
         node is the primary. Writes are never repeated.
         """
+        _retries.note_write()
         core = self._running()
         session = current_session()
-        lease = self._run(_plans.open_write(core, session))
-        with self._using(lease, partial(_plans.close_write, core, session, lease)) as conn:
+        lease = self._run(_writes.open_write(core, session))
+        with self._using(lease, partial(_writes.close_write, core, session, lease)) as conn:
             yield conn
 
     def choose(
@@ -170,32 +173,26 @@ class Router(BaseRouter):
         fn: Callable[..., _Result],
         *args: Any,
         consistency: Consistency | None = None,
+        hedge_after: float | None = None,
     ) -> _Result:
         """
         Return ``fn(conn, *args)``; run it again on another node if a replica cancels or dies.
 
         ``fn`` runs again after a recovery conflict, a shutdown or a lost connection, on a node
-        where it has not run, the primary last. It must only read, and keep nothing of ``conn``.
+        where it has not run, the primary last; what a standby refuses runs on the primary. It must
+        only read, and keep nothing of ``conn``. After a write through the router it is not
+        repeated.
+
+        ``hedge_after`` seconds later a second replica that satisfies the read is asked the same,
+        the first answer wins, and the other run is cancelled: for at most ``hedge_share`` of the
+        reads. ``fn`` then runs twice at once, in threads of the router, and cannot write.
 
         Raises what ``fn`` raises, and a `RoutingError` when nothing may serve the read.
         """
         core = self._running()
-        tried: set[str] = set()
-        while True:
-            session = current_session()
-            asked = core.new_read(session, None, consistency)
-            asked.excluded |= tried
-            lease = self._run(_plans.open_read(core, session, asked))
-            close = partial(_plans.close_read, core, session, lease)
-            try:
-                with self._using(lease, close) as conn:
-                    return fn(conn, *args)
-            except psycopg.Error as error:
-                # What psycopg raises for a lost connection has no SQLSTATE.
-                lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
-                if lease.route.is_primary or not _plans.is_retriable(error.sqlstate, lost=lost):
-                    raise
-                tried.add(lease.node)
+        plan = self._reading(core, fn, args, consistency, hedge_after)
+        result: _Result = self._run(plan)
+        return result
 
     def token(self) -> Token:
         """
@@ -203,7 +200,7 @@ class Router(BaseRouter):
 
         Raises `NoNodeAvailableError` when it cannot be had within ``probe_timeout``.
         """
-        return self._run(_plans.primary_token(self._running()))
+        return self._run(_writes.primary_token(self._running()))
 
     def capture(self) -> None:
         """
@@ -212,7 +209,8 @@ class Router(BaseRouter):
         For applications that write through an engine of their own: call it after COMMIT. A primary
         that cannot be reached raises nothing; the session is pinned to the primary instead.
         """
-        self._run(_plans.capture(self._running(), current_session()))
+        _retries.note_write()
+        self._run(_writes.capture(self._running(), current_session()))
 
     @contextmanager
     def _using(
@@ -222,6 +220,7 @@ class Router(BaseRouter):
         try:
             with lease.conn:
                 yield lease.conn
+                self._run(_plans.last_look(lease))
         except BaseException as error:
             interrupted = not isinstance(error, Exception)
             raise
@@ -251,6 +250,7 @@ class Router(BaseRouter):
             lambda: [Monitor(name, self._monitor_connect(name), core) for name in self._sources]
         )
         self._monitors.start()
+        self._start_workers()
         ends = monotonic() + self._settings.open_timeout
         for waiter, event in zip(waiters, events, strict=True):
             _wait(core, waiter, event, ends - monotonic())
@@ -261,6 +261,7 @@ class Router(BaseRouter):
 
     def _stop(self) -> None:
         monitors, self._core, self._monitors = self._monitors, None, None
+        self._stop_workers()
         if monitors is not None:
             monitors.stop()
         # The pools stay known: a connection in use goes back to a closed pool, which closes it.
@@ -275,7 +276,7 @@ class Router(BaseRouter):
             if users is not None:
                 users(conn)
             if _wire.is_idle(conn):
-                self._run(_connections.meet(core, name, conn))
+                self._fit_to_pooler(conn, self._run(_connections.meet(core, name, conn)))
 
         try:
             return ConnectionPool(**self._pool_arguments(name, configure))
@@ -284,6 +285,7 @@ class Router(BaseRouter):
 
     def _after_fork(self) -> None:
         super()._after_fork()
+        self._reset_workers()
         self._monitors = None
         self._open_lock = threading.Lock()
         if self._inherited_names:
@@ -296,7 +298,7 @@ class Router(BaseRouter):
             step = next(plan)
             while True:
                 try:
-                    result = getattr(self, _STEPS[type(step)])(step)
+                    result = getattr(self, _steps.METHODS[type(step)])(step)
                 except BaseException as error:
                     step = plan.throw(error)
                 else:
@@ -345,7 +347,7 @@ class Router(BaseRouter):
     def _await_position(self, step: _steps.AwaitPosition) -> None:
         core = self._running()
         event = threading.Event()
-        waiter = core.cluster.wait_for_position(step.required, event.set)
+        waiter = core.cluster.wait_for_position(step.required, event.set, step.since)
         for name in self._sources:
             self._kick(name)
         _wait(core, waiter, event, step.seconds)
@@ -372,17 +374,6 @@ class Router(BaseRouter):
     def _kick(self, name: str) -> None:
         if self._monitors is not None:
             self._monitors.kick(name)
-
-
-_STEPS: dict[type, str] = {
-    _steps.Checkout: "_checkout",
-    _steps.Return: "_return",
-    _steps.Fetch: "_fetch",
-    _steps.SetReadOnly: "_set_read_only",
-    _steps.AwaitPosition: "_await_position",
-    _steps.AwaitObservation: "_await_observation",
-    _steps.AwaitTurn: "_await_turn",
-}
 
 
 def _wait(core: Core, waiter: Waiter, event: threading.Event, seconds: float) -> None:

@@ -13,13 +13,14 @@ from typing import Any, Self, TypeVar, Unpack
 import psycopg
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from lsn_consistency import _connections, _plans, _steps, _wire
+from lsn_consistency import _connections, _plans, _retries, _steps, _wire, _writes
 from lsn_consistency._base import BaseRouter
 from lsn_consistency._core import Core
 from lsn_consistency._monitor import Monitor
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import RouterOptions
 from lsn_consistency._waiters import Waiter
+from lsn_consistency._workers import Tasks
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import ConfigurationError
 from lsn_consistency.route import Route
@@ -30,7 +31,7 @@ _Result = TypeVar("_Result")
 Connection = psycopg.AsyncConnection[Any]
 
 
-class AsyncRouter(BaseRouter):
+class AsyncRouter(Tasks, BaseRouter):
     """
     Route reads to replicas that have replayed what the session wrote or saw; for asyncio.
 
@@ -47,6 +48,7 @@ class AsyncRouter(BaseRouter):
         self, *, primary: Any = None, replicas: Any = (), **options: Unpack[RouterOptions]
     ) -> None:
         super().__init__(primary, replicas, options)
+        self._reset_workers()
         self._open_lock = asyncio.Lock()
         self._monitors: dict[str, Monitor] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -132,10 +134,11 @@ class AsyncRouter(BaseRouter):
         Raises the driver's own error when the primary is down, and `NoNodeAvailableError` when no
         node is the primary. Writes are never repeated.
         """
+        _retries.note_write()
         core = self._running()
         session = current_session()
-        lease = await self._run(_plans.open_write(core, session))
-        async with self._using(lease, partial(_plans.close_write, core, session, lease)) as conn:
+        lease = await self._run(_writes.open_write(core, session))
+        async with self._using(lease, partial(_writes.close_write, core, session, lease)) as conn:
             yield conn
 
     async def choose(
@@ -163,32 +166,26 @@ class AsyncRouter(BaseRouter):
         fn: Callable[..., Awaitable[_Result]],
         *args: Any,
         consistency: Consistency | None = None,
+        hedge_after: float | None = None,
     ) -> _Result:
         """
         Return ``await fn(conn, *args)``; run it again on another node if a replica cancels or dies.
 
         ``fn`` runs again after a recovery conflict, a shutdown or a lost connection, on a node
-        where it has not run, the primary last. It must only read, and keep nothing of ``conn``.
+        where it has not run, the primary last; what a standby refuses runs on the primary. It must
+        only read, and keep nothing of ``conn``. After a write through the router it is not
+        repeated.
+
+        ``hedge_after`` seconds later a second replica that satisfies the read is asked the same,
+        the first answer wins, and the other run is cancelled: for at most ``hedge_share`` of the
+        reads. ``fn`` then runs twice at once, in tasks of the router, and cannot write.
 
         Raises what ``fn`` raises, and a `RoutingError` when nothing may serve the read.
         """
         core = self._running()
-        tried: set[str] = set()
-        while True:
-            session = current_session()
-            asked = core.new_read(session, None, consistency)
-            asked.excluded |= tried
-            lease = await self._run(_plans.open_read(core, session, asked))
-            close = partial(_plans.close_read, core, session, lease)
-            try:
-                async with self._using(lease, close) as conn:
-                    return await fn(conn, *args)
-            except psycopg.Error as error:
-                # What psycopg raises for a lost connection has no SQLSTATE.
-                lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
-                if lease.route.is_primary or not _plans.is_retriable(error.sqlstate, lost=lost):
-                    raise
-                tried.add(lease.node)
+        plan = self._reading(core, fn, args, consistency, hedge_after)
+        result: _Result = await self._run(plan)
+        return result
 
     async def token(self) -> Token:
         """
@@ -196,7 +193,7 @@ class AsyncRouter(BaseRouter):
 
         Raises `NoNodeAvailableError` when it cannot be had within ``probe_timeout``.
         """
-        return await self._run(_plans.primary_token(self._running()))
+        return await self._run(_writes.primary_token(self._running()))
 
     async def capture(self) -> None:
         """
@@ -205,7 +202,8 @@ class AsyncRouter(BaseRouter):
         For applications that write through an engine of their own: call it after COMMIT. A primary
         that cannot be reached raises nothing; the session is pinned to the primary instead.
         """
-        await self._run(_plans.capture(self._running(), current_session()))
+        _retries.note_write()
+        await self._run(_writes.capture(self._running(), current_session()))
 
     @asynccontextmanager
     async def _using(
@@ -215,6 +213,7 @@ class AsyncRouter(BaseRouter):
         try:
             async with lease.conn:
                 yield lease.conn
+                await self._run(_plans.last_look(lease))
         except BaseException as error:
             interrupted = not isinstance(error, Exception)
             raise
@@ -252,6 +251,7 @@ class AsyncRouter(BaseRouter):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._stop_workers()
         # The pools stay known: a connection in use goes back to a closed pool, which closes it.
         for name, pool in self._pools.items():
             if not self._is_given(name):
@@ -272,7 +272,7 @@ class AsyncRouter(BaseRouter):
             if users is not None:
                 await users(conn)
             if _wire.is_idle(conn):
-                await self._run(_connections.meet(core, name, conn))
+                self._fit_to_pooler(conn, await self._run(_connections.meet(core, name, conn)))
 
         try:
             return AsyncConnectionPool(**self._pool_arguments(name, configure))
@@ -281,6 +281,7 @@ class AsyncRouter(BaseRouter):
 
     def _after_fork(self) -> None:
         super()._after_fork()
+        self._reset_workers()
         self._monitors, self._tasks = {}, []
         self._open_lock = asyncio.Lock()
 
@@ -291,7 +292,7 @@ class AsyncRouter(BaseRouter):
             step = next(plan)
             while True:
                 try:
-                    result = await getattr(self, _STEPS[type(step)])(step)
+                    result = await getattr(self, _steps.METHODS[type(step)])(step)
                 except BaseException as error:
                     step = plan.throw(error)
                 else:
@@ -341,7 +342,7 @@ class AsyncRouter(BaseRouter):
         core = self._running()
         await self._wait(
             core,
-            lambda wake: core.cluster.wait_for_position(step.required, wake),
+            lambda wake: core.cluster.wait_for_position(step.required, wake, step.since),
             self._sources,
             step.seconds,
         )
@@ -394,14 +395,3 @@ class AsyncRouter(BaseRouter):
         finally:
             core.cluster.give_up(waiter)
         return waiter
-
-
-_STEPS: dict[type, str] = {
-    _steps.Checkout: "_checkout",
-    _steps.Return: "_return",
-    _steps.Fetch: "_fetch",
-    _steps.SetReadOnly: "_set_read_only",
-    _steps.AwaitPosition: "_await_position",
-    _steps.AwaitObservation: "_await_observation",
-    _steps.AwaitTurn: "_await_turn",
-}

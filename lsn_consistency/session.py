@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from lsn_consistency.lsn import Position
 from lsn_consistency.route import Route
 from lsn_consistency.tokens import Token, TokenCodec
 
@@ -27,8 +28,9 @@ class Session:
     """
     Hold the token of one client during one unit of work: a request, a job, a script.
 
-    The token only advances. ``with Session(token):`` makes it the session of the block; threads
-    and tasks that inherit the context share it, and any of them may advance it.
+    The token only advances; the one exception is `reissue`. ``with Session(token):`` makes it the
+    session of the block; threads and tasks that inherit the context share it, and any of them may
+    advance it.
 
     ``node`` is the replica that the unit of work reads from until it fails or the session
     advances past it. ``accessed`` tells whether a routed operation consulted the session,
@@ -80,19 +82,36 @@ class Session:
 
         Safe to call from any thread or task.
         """
-        with self._lock:
-            merged = self._token.merge(token)
-            if merged is self._token:
-                return
-            self._token = merged
-        if self.on_advance is not None:
-            self.on_advance(merged)
+        self._change(lambda held: held.merge(token))
+
+    def reissue(self, lost: Position, position: Position) -> None:
+        """
+        Put ``position`` in the place of ``lost``, which no server has any more.
+
+        A session that has moved on from ``lost`` meanwhile advances instead.
+        """
+
+        def reissued(held: Token) -> Token:
+            still_held = held.get(lost.system_id) == lost
+            kept = held.without(lost.system_id) if still_held else held
+            return kept.merge(Token([position]))
+
+        self._change(reissued)
 
     def pin(self, until: float) -> None:
         """
         Send the reads of this session to the primary until the Unix time ``until``.
         """
         self.advance(Token(pin_until=until))
+
+    def _change(self, changed: Callable[[Token], Token]) -> None:
+        with self._lock:
+            token = changed(self._token)
+            if token is self._token:
+                return
+            self._token = token
+        if self.on_advance is not None:
+            self.on_advance(token)
 
     def __enter__(self) -> Session:
         _current.set(_Block(self, _current.get()))

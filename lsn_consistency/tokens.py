@@ -141,6 +141,13 @@ class Token:
             return self
         return Token._trusted(merged, pin_until)
 
+    def without(self, system_id: int) -> Token:
+        """
+        Return the token without the position of one system.
+        """
+        kept = {key: held for key, held in self.positions.items() if key != system_id}
+        return Token._trusted(kept, self.pin_until)
+
     def __bool__(self) -> bool:
         return bool(self.positions) or self.pin_until is not None
 

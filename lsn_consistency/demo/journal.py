@@ -60,6 +60,8 @@ def describe(event: events.Event) -> str | None:
             return "a position came after the response had started"
         case events.PositionUnknown():
             return f"position unknown, so the client is pinned to the primary: {event.error}"
+        case events.LostWrite():
+            return f"{event.position.lsn} of timeline {event.position.timeline} may be lost"
         case events.LagExceeded():
             return f"every replica lags for more than {event.limit_seconds:g} s"
         case events.NodeFailed():
@@ -69,6 +71,11 @@ def describe(event: events.Event) -> str | None:
         case events.RoleChanged():
             was = "" if event.before is None else f", before as {event.before}"
             return f"{event.name} was seen as {event.after}{was}"
+        case events.ReadRetried():
+            return f"a read failed on {event.name} and runs elsewhere: {event.error}"
+        case events.ReadHedged():
+            first = event.other if event.won else event.name
+            return f"{event.name} was slow, so {event.other} was asked too: {first} was first"
         case events.FallbackLimited():
             return f"the primary serves {event.limit} fallback reads already"
         case _:

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, get_args
 from starlette.concurrency import run_in_threadpool
 
 from lsn_consistency.demo.shop import SCHEMA
-from lsn_consistency.testing import EmbeddedCluster, Node, Replica
+from lsn_consistency.testing import EmbeddedCluster, Node
 
 REPLICAS: Final = 2
 LATE_REPLICA: Final = "replica_2"
@@ -77,7 +77,7 @@ class Stage:
         return {
             name: node.conninfo_for(ACCOUNT)
             for name, node in self._nodes.items()
-            if isinstance(node, Replica)
+            if node.role == "replica"
         }
 
     def name_of(self, port: int) -> str:
@@ -131,7 +131,6 @@ class Stage:
             state.running = False
             node.stop()
             return f"{name} stopped"
-        assert isinstance(node, Replica)
         if action == "delay":
             node.apply_delay(seconds)
             state.delay_seconds = seconds

@@ -14,7 +14,10 @@ A real PostgreSQL primary with real lagging replicas, to test an application aga
         pg.wait_caught_up()
 
 Lag is made by pausing replay, not by sleeping. Other faults: `apply_delay`, `stop_replication`,
-`freeze`, `crash`, `crash_backend`, `stop`, `promote`; `pg.heal()` undoes them all.
+`freeze`, `crash`, `crash_backend`, `stop`, `promote`, `follow`, `rewind`, `pg.failover()`;
+`pg.heal()` undoes them all.
+
+`ContainerCluster` is the same with every node in a container, on networks that can be unplugged.
 
 Under pytest the fixtures `pg_cluster` and `lagging_replica` are there as soon as the package is
 installed, see `lsn_consistency.testing.pytest_plugin`.
@@ -30,30 +33,83 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lsn_consistency.testing._errors import ClusterError, ProgramsNotFoundError
+    from lsn_consistency.testing._errors import (
+        ClusterError,
+        ContainersUnavailableError,
+        ProgramsNotFoundError,
+    )
+    from lsn_consistency.testing._topology import Cluster
+    from lsn_consistency.testing.checker import (
+        Operation,
+        Report,
+        Violation,
+        bounded_staleness,
+        check,
+        monotonic_reads,
+        monotonic_writes,
+        read_your_writes,
+        writes_follow_reads,
+    )
     from lsn_consistency.testing.cluster import EmbeddedCluster
-    from lsn_consistency.testing.node import Node
+    from lsn_consistency.testing.containers import ContainerCluster, ContainerNode
+    from lsn_consistency.testing.embedded import EmbeddedNode
+    from lsn_consistency.testing.node import Node, Replica
+    from lsn_consistency.testing.pgbouncer import PgBouncer, find_pgbouncer
     from lsn_consistency.testing.programs import Programs, find_programs
-    from lsn_consistency.testing.replica import Replica
+    from lsn_consistency.testing.proxy import TcpProxy
 
 __all__ = [
+    "Cluster",
     "ClusterError",
+    "ContainerCluster",
+    "ContainerNode",
+    "ContainersUnavailableError",
     "EmbeddedCluster",
+    "EmbeddedNode",
     "Node",
+    "Operation",
+    "PgBouncer",
     "Programs",
     "ProgramsNotFoundError",
     "Replica",
+    "Report",
+    "TcpProxy",
+    "Violation",
+    "bounded_staleness",
+    "check",
+    "find_pgbouncer",
     "find_programs",
+    "monotonic_reads",
+    "monotonic_writes",
+    "read_your_writes",
+    "writes_follow_reads",
 ]
 
 _HOMES = {
+    "Cluster": "_topology",
     "ClusterError": "_errors",
+    "ContainerCluster": "containers",
+    "ContainerNode": "containers",
+    "ContainersUnavailableError": "_errors",
     "EmbeddedCluster": "cluster",
+    "EmbeddedNode": "embedded",
     "Node": "node",
+    "Operation": "checker",
+    "PgBouncer": "pgbouncer",
     "Programs": "programs",
     "ProgramsNotFoundError": "_errors",
-    "Replica": "replica",
+    "Replica": "node",
+    "Report": "checker",
+    "TcpProxy": "proxy",
+    "Violation": "checker",
+    "bounded_staleness": "checker",
+    "check": "checker",
+    "find_pgbouncer": "pgbouncer",
     "find_programs": "programs",
+    "monotonic_reads": "checker",
+    "monotonic_writes": "checker",
+    "read_your_writes": "checker",
+    "writes_follow_reads": "checker",
 }
 
 

@@ -3,7 +3,8 @@ Errors of the testing kit.
 
     LsnConsistencyError
     └── ClusterError              a cluster could not be started, stopped, broken or healed
-        └── ProgramsNotFoundError there is no PostgreSQL to start one with
+        ├── ProgramsNotFoundError there is no PostgreSQL to start one with
+        └── ContainersUnavailableError  there is no engine or image for one in containers
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from pathlib import Path
 
 from lsn_consistency.exceptions import LsnConsistencyError
 
-__all__ = ["ClusterError", "ProgramsNotFoundError", "tail"]
+__all__ = [
+    "ClusterError",
+    "ContainersUnavailableError",
+    "ProgramsNotFoundError",
+    "last_lines",
+    "tail",
+]
 
 LOG_TAIL_LINES = 25
 LOG_TAIL_BYTES = 16_384
@@ -43,6 +50,12 @@ class ProgramsNotFoundError(ClusterError):
     """
 
 
+class ContainersUnavailableError(ClusterError):
+    """
+    Say what containers cannot be made without: a Docker engine, an image, the client for them.
+    """
+
+
 def tail(log: Path) -> str:
     """
     Return the last lines of a log file, or an empty text when there is none.
@@ -51,7 +64,14 @@ def tail(log: Path) -> str:
         with log.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - LOG_TAIL_BYTES))
-            lines = file.read().decode("utf-8", "replace").splitlines()
+            return last_lines(file.read())
     except OSError:
         return ""
+
+
+def last_lines(text: bytes) -> str:
+    """
+    Return the last lines of the content of a log.
+    """
+    lines = text[-LOG_TAIL_BYTES:].decode("utf-8", "replace").splitlines()
     return "\n".join(lines[-LOG_TAIL_LINES:])

@@ -36,7 +36,7 @@ SETTLE_SECONDS = 0.1
 RELEASED = b"released"
 """What the test process sends when it has cleared up itself."""
 
-_PROGRAMS = frozenset({"postgres", "initdb", "pg_basebackup", "pg_rewind"})
+_PROGRAMS = frozenset({"postgres", "initdb", "pg_basebackup", "pg_rewind", "pgbouncer"})
 _PROC = Path("/proc")
 
 

@@ -90,7 +90,13 @@ class Workspace:
         Find the programs, start the guard, make the folder. Raises `ClusterError`.
         """
         account = unprivileged_account()
-        programs = make_readable(find_programs(bindir), account, progress)
+        return cls.around(make_readable(find_programs(bindir), account, progress), account)
+
+    @classmethod
+    def around(cls, programs: Programs, account: Account | None) -> Workspace:
+        """
+        Start the guard and make the folder for programs that are found. Raises `ClusterError`.
+        """
         folder = _parent(account) / f"lsn-consistency-{secrets.token_hex(6)}"
         guard = Guard(folder)
         workspace = cls(folder, programs, account, guard)

@@ -1,348 +1,293 @@
 """
-One PostgreSQL server of a cluster: the primary, and what every server has in common.
+A server of a cluster in its place in the replication: primary or replica, and it can change.
 """
 
 from __future__ import annotations
 
-import os
-import select
+import re
 import signal
-import subprocess
 import time
-from collections.abc import Sequence
-from typing import Any, Literal
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
 
-import psycopg
-from psycopg.conninfo import make_conninfo
+from lsn_consistency.lsn import Lsn
+from lsn_consistency.testing._errors import ClusterError
+from lsn_consistency.testing._server import START_SECONDS, WAIT_SECONDS, Role, Server, StopMode
+from lsn_consistency.testing._workspace import POLL_SECONDS
 
-from lsn_consistency.testing import _reaper
-from lsn_consistency.testing._errors import ClusterError, tail
-from lsn_consistency.testing._workspace import (
-    LOOPBACK,
-    POLL_SECONDS,
-    Workspace,
-    free_port,
-    wait_until,
+__all__ = ["Node", "Replica", "Role", "StopMode"]
+
+REJOIN_SECONDS = 10.0
+"""How long a replica may take to stream again before it is thrown away and copied anew."""
+
+REFUSALS = 2
+"""PostgreSQL tries again and again; the first refusal may be a last one of the former source."""
+
+_PAUSE_STATE = "SELECT pg_get_wal_replay_pause_state()"
+_RECEIVER = "SELECT pid, status FROM pg_stat_wal_receiver WHERE pid IS NOT NULL"
+_STREAM = """
+    SELECT sender_host, sender_port, received_tli
+    FROM pg_stat_wal_receiver WHERE status = 'streaming'
+"""
+_TIMELINE = "SELECT ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int"
+_FAULTS = """
+    SELECT pg_get_wal_replay_pause_state() <> 'not paused',
+           current_setting('recovery_min_apply_delay') <> '0'
+"""
+
+# What PostgreSQL 14 to 19 log when a standby has log that its source never had.
+_REFUSED = re.compile(
+    r"forked off current database system timeline \d+ before current recovery point"
+    r"|is not in this server's history"
+    r"|highest timeline \d+ of the primary is behind recovery timeline"
 )
 
-__all__ = ["Node", "Role", "StopMode"]
 
-Role = Literal["primary", "replica"]
-StopMode = Literal["fast", "immediate", "smart"]
-
-START_SECONDS = 60.0
-STOP_SECONDS = 90.0
-"""Longer than wal_sender_timeout: a fast stop waits that long for a replica that hangs."""
-
-WAIT_SECONDS = 30.0
-"""How long a setting or a state of the server may take to come into force."""
-
-CONNECT_SECONDS = 10
-CONFLICT_SECONDS = 10.0
-START_TRIALS = 20
-PORT_RETRY_SECONDS = 0.25
-
-_STOP_SIGNALS = {
-    "fast": signal.SIGINT,
-    "immediate": signal.SIGQUIT,
-    "smart": signal.SIGTERM,
-}
-_PID_LINE, _STATUS_LINE = 0, 7
-_PORT_TAKEN = "Address already in use"
-
-
-class Node:
+class Node(Server):
     """
-    One server, with the faults that any server can have.
+    One server of a cluster, with every fault of the kit.
 
-    All methods block until what they promise is the case, or raise `ClusterError` after a limit.
-    They may be called in any state: freezing a frozen node does nothing.
+    `role` is "primary" or "replica" and changes with `promote()` and `rewind()`; `source` is the
+    node that a replica streams from, None for a primary. All methods block until what they
+    promise is the case, or raise `ClusterError` after a limit.
     """
 
-    def __init__(self, name: str, role: Role, workspace: Workspace) -> None:
-        self.name = name
-        self.role: Role = role
-        self.port = free_port()
-        self.frozen = False
-        self.datadir = workspace.folder / name
-        self.log = workspace.folder / f"{name}.log"
-        self._workspace = workspace
-        self._postmaster: subprocess.Popen[bytes] | None = None
-        self._port_is_known = False
+    def __init__(self, name: str, role: Role) -> None:
+        super().__init__(name, role)
+        self.source: Node | None = None
+        self._last_source: Node | None = None
+        self._delay_seconds = 0.0
 
-    def __repr__(self) -> str:
-        state = "frozen" if self.frozen else "running" if self.running else "stopped"
-        return f"<{type(self).__name__} {self.name} ({self.role}, port {self.port}, {state})>"
+    # -- replay ---------------------------------------------------------------------------------
 
-    # -- connecting -----------------------------------------------------------------------------
+    def pause_replay(self) -> None:
+        """
+        Stop applying what is received, and return when nothing more is applied.
+
+        Lasts until `resume_replay()` or the end of the server. If an apply delay is running, the
+        pause begins after it.
+        """
+        self.execute("SELECT pg_wal_replay_pause()")
+        self._wait_replay(lambda: self.value(_PAUSE_STATE) == "paused", "pause replay")
+
+    def resume_replay(self) -> None:
+        """
+        Go on applying.
+        """
+        self.execute("SELECT pg_wal_replay_resume()")
+        self._wait_replay(lambda: self.value(_PAUSE_STATE) == "not paused", "resume replay")
 
     @property
-    def conninfo(self) -> str:
+    def paused(self) -> bool:
         """
-        The conninfo of the superuser postgres, in the database postgres.
+        True while replay is paused; asked of the server.
         """
-        return self.conninfo_for()
+        return bool(self.value(_PAUSE_STATE) != "not paused")
 
-    def conninfo_for(
-        self, user: str = "postgres", dbname: str = "postgres", **options: str | int
-    ) -> str:
+    def apply_delay(self, seconds: float) -> None:
         """
-        Return the conninfo of another account or database, with any other libpq option.
+        Apply each commit only that many seconds after it was made; 0 ends the delay.
 
-        The account `app` is a plain role, without privileges beyond those of the schema public.
+        It is `recovery_min_apply_delay`, in whole milliseconds, and holds over a restart. Returns
+        when it is in force for all that is applied from then on.
         """
-        server = make_conninfo(host=LOOPBACK, port=self.port, user=user, dbname=dbname)
-        return make_conninfo(server, **{"sslmode": "disable", **options})
+        self.configure("recovery_min_apply_delay", f"{round(seconds * 1000)}ms")
+        self._delay_seconds = seconds
 
-    def connect(self, *, user: str = "postgres", **options: Any) -> psycopg.Connection[Any]:
+    def replay_lsn(self) -> Lsn:
         """
-        Open a connection, by default as the superuser and in autocommit mode.
+        Return the position up to which this replica has applied the log.
+        """
+        text = self.value("SELECT pg_last_wal_replay_lsn()::text")
+        if text is None:
+            raise ClusterError(f"{self.name} has replayed nothing: it is no replica any more")
+        return Lsn.parse(text)
 
-        Options are those of `psycopg.connect`. Raises `ClusterError` while the node is frozen or
-        stopped, and psycopg's own errors for all else.
-        """
-        if not self.running:
-            raise ClusterError(f"{self.name} is not running: start() it first", tail(self.log))
-        if self.frozen:
-            raise ClusterError(f"{self.name} is frozen: thaw() it first")
-        given = {"autocommit": True, "connect_timeout": CONNECT_SECONDS, **options}
-        return psycopg.connect(self.conninfo_for(user), **given)
+    # -- replication ----------------------------------------------------------------------------
 
-    def execute(
-        self, statement: str, parameters: Sequence[Any] | None = None
-    ) -> list[tuple[Any, ...]]:
+    def stop_replication(self) -> None:
         """
-        Run one statement as the superuser on a connection of its own, and return its rows.
+        Cut the replica off from its source, and return when its walreceiver is gone.
 
-        A standby that catches up cancels sessions in the way of what it replays; such a statement
-        is run again for `CONFLICT_SECONDS`.
+        It goes on serving reads and applies what it has received.
         """
-        deadline = time.monotonic() + CONFLICT_SECONDS
-        while True:
-            try:
-                with self.connect() as connection:
-                    # The statement comes from the test itself; a variable one is no danger there.
-                    cursor = connection.execute(statement.encode(), parameters)
-                    return cursor.fetchall() if cursor.description else []
-            except psycopg.OperationalError as error:
-                if "conflict with recovery" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(POLL_SECONDS)
+        self.configure("primary_conninfo", "")
+        self._end_receiver()
 
-    def value(self, statement: str) -> Any:
+    def start_replication(self) -> None:
         """
-        Return the first column of the first row of a statement.
+        Follow the source again, and return when the replica is streaming; see `follow()`.
         """
-        return self.execute(statement)[0][0]
+        if self._last_source is None:
+            raise ClusterError(f"{self.name} has no source: follow() one")
+        self.follow(self._last_source)
 
-    # -- running --------------------------------------------------------------------------------
-
-    @property
-    def running(self) -> bool:
+    def follow(self, source: Node) -> None:
         """
-        True while the postmaster is there, frozen or not.
-        """
-        return self._postmaster is not None and self._postmaster.poll() is None
+        Stream from another node from now on, and return when the replica does.
 
-    @property
-    def pid(self) -> int:
+        The source may be a primary, also of a newer timeline as after `promote()`, or another
+        replica. Raises `ClusterError` at once if PostgreSQL refuses because this node has log
+        that the source never had: `rewind()` it then. While replay is paused PostgreSQL starts no
+        walreceiver: then this returns at once, and streaming begins after `resume_replay()`.
         """
-        The process id of the postmaster; `ClusterError` if there is none.
-        """
-        if self._postmaster is None or self._postmaster.poll() is not None:
-            raise ClusterError(f"{self.name} is not running", tail(self.log))
-        return self._postmaster.pid
-
-    def start(self, *, wait: bool = True) -> None:
-        """
-        Start the server and wait until it accepts connections; nothing if it runs already.
-
-        With `wait=False` return at once and leave the waiting to `wait_ready()`. The port stays
-        the same over the life of the node.
-        """
-        if not self.running:
-            self._spawn()
-        if wait:
-            self.wait_ready()
-
-    def _spawn(self) -> None:
-        """Start the postmaster; it becomes our child, so that its end is seen at once."""
-        self.frozen = False
-        self._postmaster = self._workspace.spawn(
-            self.log,
-            "postgres",
-            *("-D", str(self.datadir)),
-            *("-c", f"port={self.port}"),
-            *("-c", f"cluster_name={self.name}"),
-        )
-
-    def wait_ready(self, seconds: float = START_SECONDS) -> None:
-        """
-        Wait until the server accepts connections.
-
-        A server that dies because its port is taken is started again: on another port if
-        nobody has seen this one yet, on the same one otherwise.
-        """
-        deadline = time.monotonic() + seconds
-        for _ in range(START_TRIALS):
-            left = max(0.0, deadline - time.monotonic())
-            wait_until(lambda: not self.running or self._says_ready(), left)
-            if self.running:
-                break
-            if _PORT_TAKEN not in tail(self.log):
-                raise ClusterError(f"{self.name} did not start", tail(self.log))
-            self._retry_port()
-        if not self._says_ready():
-            problem = f"{self.name} accepted no connections for {seconds:g} s"
-            raise ClusterError(problem, tail(self.log))
-        self._port_is_known = True
-
-    def _retry_port(self) -> None:
-        """Start the server again after its port was refused."""
-        if not self._port_is_known:
-            self.port = free_port()
+        if self.role != "replica":
+            raise ClusterError(f"{self.name} is a primary: rewind() it to make a replica of it")
+        if source is self:
+            raise ClusterError(f"{self.name} cannot follow itself")
+        self.configure("primary_conninfo", self._conninfo_of(source))
+        self.source = self._last_source = source
+        if self.paused:
+            self._end_receiver()
         else:
-            # Whoever has it may let go of it within the next moment.
-            time.sleep(PORT_RETRY_SECONDS)
-        self.log.rename(self.log.with_suffix(".port-taken.log"))
-        self._spawn()
+            self._wait_following(source, WAIT_SECONDS + self._delay_seconds)
 
-    def _says_ready(self) -> bool:
-        """Read the lock file, in which the postmaster of this run says what state it is in."""
-        try:
-            lines = (self.datadir / "postmaster.pid").read_text().splitlines()
-            ours = self._postmaster is not None and int(lines[_PID_LINE]) == self._postmaster.pid
-            return ours and lines[_STATUS_LINE].strip() == "ready"
-        except (OSError, IndexError, ValueError):
-            return False
-
-    def stop(self, mode: StopMode = "fast") -> None:
+    def wait_streaming(self) -> None:
         """
-        Stop the server in one of PostgreSQL's three ways; a frozen one is thawed for it.
-
-        A fast stop of a primary waits for its replicas to receive everything: if one is frozen,
-        up to wal_sender_timeout (60 s).
+        Wait until the walreceiver is connected and streaming.
         """
-        if not self.running:
-            return
-        self.thaw()
-        os.kill(self.pid, _STOP_SIGNALS[mode])
-        self._wait_gone(f"{mode} stop")
+        self._wait_replay(lambda: self.receiver_state() == "streaming", "stream from its source")
 
-    def _wait_gone(self, what: str) -> None:
-        """Wait until the postmaster has ended."""
-        if self._postmaster is None:
-            return
-        try:
-            self._postmaster.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            problem = f"{self.name} was still there {STOP_SECONDS:g} s after its {what}"
-            raise ClusterError(problem, tail(self.log)) from None
-        self.frozen = False
-
-    def restart(self, mode: StopMode = "fast") -> None:
+    def receiver_state(self) -> str:
         """
-        Stop and start the server.
+        Return what the walreceiver does: "streaming", another state of it, or "stopped".
         """
-        self.stop(mode)
-        self.start()
+        rows = self.execute(_RECEIVER)
+        return str(rows[0][1]) if rows else "stopped"
 
-    # -- faults ---------------------------------------------------------------------------------
-
-    def freeze(self) -> None:
+    def timeline(self) -> int:
         """
-        Hold the postmaster and all its children, as a machine that hangs would.
-
-        Connections stay open and nothing answers. SIGSTOP, so nothing in the server can tell.
+        Return the timeline that a primary writes and a replica receives; 0 if it receives nothing.
         """
-        if self.frozen:
-            return
-        pid = self.pid
-        self.frozen = True
+        if self.role == "primary":
+            return int(self.value(_TIMELINE))
+        rows = self.execute(_STREAM)
+        return int(rows[0][2]) if rows else 0
 
-        def held() -> bool:
-            # The postmaster comes first in the tree and starts no children once it is held;
-            # those that it started meanwhile are found by looking again.
-            moving = [process for process in _reaper.tree(pid) if not process.stopped]
-            _reaper.send(moving, signal.SIGSTOP)
-            return not moving
-
-        if not wait_until(held, WAIT_SECONDS):
-            raise ClusterError(f"{self.name} could not be frozen within {WAIT_SECONDS:g} s")
-
-    def thaw(self) -> None:
+    def describe(self) -> str:
         """
-        Let a frozen server go on.
+        Return in a few words what may keep this replica from catching up.
         """
-        if not self.frozen:
-            return
-        # Children first: when the postmaster wakes, they are able to answer it.
-        _reaper.send(_reaper.tree(self.pid)[::-1], signal.SIGCONT)
-        self.frozen = False
+        delay = self.value("SHOW recovery_min_apply_delay")
+        return f"walreceiver {self.receiver_state()}, apply delay {delay}"
 
-    def crash(self) -> None:
-        """
-        Kill all of the server's processes at once, without a shutdown of any kind.
+    def _conninfo_of(self, source: Node) -> str:
+        """Return how the walreceiver connects; its application name is this node's name."""
+        host, port = source.peer_address
+        return f"host={host} port={port} user=postgres sslmode=disable"
 
-        What the operating system was given is kept, as after a crash of the server, not of the
-        machine. `start()` recovers.
-        """
-        if not self.running:
-            return
-        family = _reaper.tree(self.pid)
-        _reaper.send(family, signal.SIGKILL)
-        self._wait_gone("kill")
+    def _end_receiver(self) -> None:
+        """End the walreceiver, which PostgreSQL leaves running while replay is paused."""
 
         def gone() -> bool:
-            # A child that was forked in that moment, or that ignores the death of its parent
-            # because it is stopped, would keep the shared memory and with it the next start.
-            left = _reaper.processes_in(self.datadir)
-            _reaper.send(left, signal.SIGKILL)
-            return not left and not any(_reaper.alive(process.pid) for process in family)
+            rows = self.execute(_RECEIVER)
+            for pid, _ in rows:
+                self._signal(pid, signal.SIGTERM)
+            return not rows
 
-        if not wait_until(gone, WAIT_SECONDS):
-            raise ClusterError(f"{self.name} still has processes after they were killed")
+        self._wait_replay(gone, "end its walreceiver")
 
-    def crash_backend(self) -> None:
+    def _streams_from(self, source: Node) -> bool:
+        """Return whether this replica receives the timeline that the source is on now."""
+        # A standby that has gone another way also streams for a moment: the log before the fork.
+        stream = [(*source.peer_address, source.timeline())]
+        return stream == self.execute(_STREAM)
+
+    def _wait_following(self, source: Node, seconds: float) -> None:
+        """Wait until the replica streams, or PostgreSQL says that it never will."""
+        mark = self.log_mark()
+        deadline = time.monotonic() + seconds
+        while not self._streams_from(source):
+            # A source that is a standby itself may only have to learn of the timeline.
+            if source.role == "primary" and len(_REFUSED.findall(self.log_since(mark))) >= REFUSALS:
+                problem = f"{self.name} has log that {source.name} never had: rewind() it"
+                raise ClusterError(problem, self.log_tail())
+            if time.monotonic() > deadline:
+                problem = f"{self.name} did not stream from {source.name} within {seconds:g} s"
+                raise ClusterError(problem, self.log_tail())
+            time.sleep(POLL_SECONDS)
+
+    # -- changing roles -------------------------------------------------------------------------
+
+    def promote(self) -> None:
         """
-        Kill one backend: the postmaster drops every connection and goes through crash recovery.
+        End recovery and become a primary of a new timeline; returns when it accepts writes.
 
-        Returns when the server accepts connections again. It is the same postmaster, so its start
-        time does not change, while a replica may come back in the past.
+        Nobody follows by itself: see `follow()` and `rewind()`, or `EmbeddedCluster.failover()`
+        for all of it.
         """
-        victim, witness = self.connect(), self.connect()
-        os.kill(victim.info.backend_pid, signal.SIGKILL)
-        # The postmaster ends the other connections too; until then it has not noticed.
-        noticed, _, _ = select.select([witness.fileno()], [], [], WAIT_SECONDS)
-        victim.close()
-        witness.close()
-        if not noticed:
-            raise ClusterError(f"{self.name} did not notice that a backend died", tail(self.log))
-        if not wait_until(self._answers, START_SECONDS):
-            raise ClusterError(f"{self.name} did not come back from a crash", tail(self.log))
+        if self.role == "primary":
+            return
+        self.execute("SELECT pg_promote(wait => false)")
+        self._wait(
+            lambda: self.value("SELECT pg_is_in_recovery()") is False, "promote", START_SECONDS
+        )
+        self.role = "primary"
+        self.source = None
 
-    def _answers(self) -> bool:
-        """Return whether a connection can be opened right now."""
+    @abstractmethod
+    def rewind(self, source: Node) -> None:
+        """
+        Make a replica of `source` out of a node that has gone another way, and start it.
+
+        This is `pg_rewind`: what the node has written since their histories parted is undone.
+        Mostly the node is the old primary after a promotion, running, stopped or crashed; if it
+        runs it is stopped first, a primary without waiting for anybody. Returns when it streams;
+        its settings stay and its apply delay ends. Raises `ClusterError` with the words of
+        pg_rewind if that cannot be done: `rebuild()` always can.
+        """
+
+    @abstractmethod
+    def rebuild(self, source: Node | None = None) -> None:
+        """
+        Throw the data away and make a new copy of `source`, by default the last one followed.
+
+        Returns when it streams; its settings stay and its apply delay ends.
+        """
+
+    # -- healing --------------------------------------------------------------------------------
+
+    def heal(self, source: Node | None = None) -> None:
+        """
+        Undo every fault: the node runs, and a replica streams and applies without delay.
+
+        `source` makes it a replica of that node; without one a replica goes back to the node that
+        it followed last. A node that was promoted, or that cannot follow, is copied anew.
+        """
+        self.thaw()
+        self.start()
+        upstream = source or self._last_source
+        if upstream is None:
+            return
+        if self.role == "primary" or not self.value("SELECT pg_is_in_recovery()"):
+            self.rebuild(upstream)
+            return
+        paused, delayed = self.execute(_FAULTS)[0]
+        if delayed:
+            self.apply_delay(0)
+        wanted = self._conninfo_of(upstream)
+        if self.source is not upstream or self.value("SHOW primary_conninfo") != wanted:
+            self.configure("primary_conninfo", wanted)
+            self.source = self._last_source = upstream
+        if paused:
+            self.resume_replay()
         try:
-            self.connect().close()
-        except psycopg.OperationalError:
-            return False
-        return True
+            self._wait_following(upstream, REJOIN_SECONDS)
+        except ClusterError:
+            # The log that it needs is gone, or it has gone another way: nothing else helps.
+            self.rebuild(upstream)
 
-    # -- settings -------------------------------------------------------------------------------
+    def _became_replica(self, source: Node) -> None:
+        """Note that the server is a fresh standby of the source."""
+        self.role = "replica"
+        self.source = self._last_source = source
+        self._delay_seconds = 0.0
 
-    def configure(self, setting: str, value: str) -> None:
-        """
-        Change a setting that needs no restart, and return when it is in force.
-        """
-        loaded = "SELECT pg_conf_load_time()"
-        before = self.value(loaded)
-        with self.connect() as connection:
-            # The server reads this text, so its own quoting rules are the ones that count.
-            quoted = connection.execute("SELECT quote_literal(%s)", [value]).fetchone()
-            connection.execute(f"ALTER SYSTEM SET {setting} = {quoted and quoted[0]}".encode())
-            connection.execute("SELECT pg_reload_conf()")
-        # A new connection inherits what the postmaster has, and the postmaster tells its children
-        # in the same moment in which it reads the file.
-        if not wait_until(lambda: bool(self.value(loaded) > before), WAIT_SECONDS):
-            raise ClusterError(f"{self.name} did not read {setting} = {value!r}", tail(self.log))
+    def _wait_replay(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for a condition; an apply delay may have to pass before it can hold."""
+        self._wait(condition, what, WAIT_SECONDS + self._delay_seconds)
+
+
+Replica: TypeAlias = Node
+"""The name for a node where a test is about its being a replica."""

@@ -37,7 +37,7 @@ import pytest
 # when a test asks for a cluster.
 if TYPE_CHECKING:
     from lsn_consistency.testing.cluster import EmbeddedCluster
-    from lsn_consistency.testing.replica import Replica
+    from lsn_consistency.testing.embedded import EmbeddedNode
 
 REQUIRE_VARIABLE = "LSN_CONSISTENCY_REQUIRE_CLUSTER"
 
@@ -95,7 +95,7 @@ def pg_cluster(pytestconfig: pytest.Config) -> Iterator[EmbeddedCluster]:
 
 
 @pytest.fixture
-def lagging_replica(pg_cluster: EmbeddedCluster) -> Iterator[Replica]:
+def lagging_replica(pg_cluster: EmbeddedCluster) -> Iterator[EmbeddedNode]:
     """
     Offer a replica of `pg_cluster` that has what was committed so far, and applies nothing more.
 

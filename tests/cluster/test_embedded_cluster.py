@@ -11,9 +11,9 @@ import psycopg
 import pytest
 
 from lsn_consistency.lsn import Lsn
-from lsn_consistency.testing import ClusterError, EmbeddedCluster, Node, Replica
-from lsn_consistency.testing import node as node_module
+from lsn_consistency.testing import ClusterError, EmbeddedCluster, EmbeddedNode, Node
 from lsn_consistency.testing._reaper import processes_in, tree
+from lsn_consistency.testing.node import StopMode
 
 WAIT_SECONDS = 10.0
 SILENCE_SECONDS = 0.2
@@ -35,7 +35,7 @@ def cluster(module_cluster: EmbeddedCluster) -> EmbeddedCluster:
 
 
 @pytest.fixture
-def replica(cluster: EmbeddedCluster) -> Replica:
+def replica(cluster: EmbeddedCluster) -> EmbeddedNode:
     return cluster.replicas["replica_1"]
 
 
@@ -102,7 +102,7 @@ def test_execute_passes_parameters_and_returns_rows(cluster: EmbeddedCluster) ->
 
 
 def test_a_paused_replica_misses_what_is_written(
-    cluster: EmbeddedCluster, replica: Replica
+    cluster: EmbeddedCluster, replica: EmbeddedNode
 ) -> None:
     """Pausing holds one replica back; the other one goes on; resuming ends it."""
     replica.pause_replay()
@@ -137,7 +137,7 @@ def test_caught_up_writes_nothing_on_an_idle_primary(cluster: EmbeddedCluster) -
 
 
 def test_the_error_says_who_is_behind_and_how_far(
-    cluster: EmbeddedCluster, replica: Replica
+    cluster: EmbeddedCluster, replica: EmbeddedNode
 ) -> None:
     """Who waits in vain is told the replica, the bytes and what it lacks."""
     replica.stop_replication()
@@ -153,7 +153,7 @@ def test_the_error_says_who_is_behind_and_how_far(
 
 
 def test_an_apply_delay_holds_commits_back_for_its_seconds(
-    cluster: EmbeddedCluster, replica: Replica
+    cluster: EmbeddedCluster, replica: EmbeddedNode
 ) -> None:
     """A delayed replica shows a commit after the delay, and at once when the delay is over."""
     replica.apply_delay(0.5)
@@ -167,7 +167,7 @@ def test_an_apply_delay_holds_commits_back_for_its_seconds(
 
 
 def test_ending_a_delay_releases_what_it_holds_back(
-    cluster: EmbeddedCluster, replica: Replica
+    cluster: EmbeddedCluster, replica: EmbeddedNode
 ) -> None:
     """A long delay can be ended while a commit waits in it."""
     replica.apply_delay(3600)
@@ -193,7 +193,7 @@ def test_a_frozen_node_answers_nothing_until_it_is_thawed(
     assert {False} == {process.stopped for process in tree(node.pid)}
 
 
-def test_a_frozen_node_says_so(replica: Replica) -> None:
+def test_a_frozen_node_says_so(replica: EmbeddedNode) -> None:
     """Asking a frozen node is an error at once, and not a wait."""
     replica.freeze()
     replica.freeze()
@@ -202,7 +202,7 @@ def test_a_frozen_node_says_so(replica: Replica) -> None:
 
 
 def test_a_crash_leaves_no_process_and_no_shutdown(
-    cluster: EmbeddedCluster, replica: Replica
+    cluster: EmbeddedCluster, replica: EmbeddedNode
 ) -> None:
     """A crashed replica has had no chance to shut down, and comes back on the same port."""
     port, pid = replica.port, replica.pid
@@ -220,7 +220,7 @@ def test_a_crash_leaves_no_process_and_no_shutdown(
     assert 1 == count(replica)
 
 
-def test_a_frozen_node_can_crash(replica: Replica) -> None:
+def test_a_frozen_node_can_crash(replica: EmbeddedNode) -> None:
     """Killing works on processes that are held, and the start after it is a thawed one."""
     replica.freeze()
     replica.crash()
@@ -230,7 +230,7 @@ def test_a_frozen_node_can_crash(replica: Replica) -> None:
 
 
 def test_a_crashed_backend_restarts_the_server_under_the_same_postmaster(
-    replica: Replica,
+    replica: EmbeddedNode,
 ) -> None:
     """Every connection breaks, while the start time of the server stays what it was."""
     statement = "SELECT pg_postmaster_start_time()"
@@ -243,7 +243,7 @@ def test_a_crashed_backend_restarts_the_server_under_the_same_postmaster(
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate", "smart"])
-def test_a_frozen_node_can_be_stopped(replica: Replica, mode: node_module.StopMode) -> None:
+def test_a_frozen_node_can_be_stopped(replica: EmbeddedNode, mode: StopMode) -> None:
     """Every way of stopping works on a frozen node; the port survives."""
     port = replica.port
     replica.freeze()
@@ -253,7 +253,7 @@ def test_a_frozen_node_can_be_stopped(replica: Replica, mode: node_module.StopMo
     assert port == replica.value("SELECT inet_server_port()")
 
 
-def test_stopping_and_starting_twice_does_nothing(replica: Replica) -> None:
+def test_stopping_and_starting_twice_does_nothing(replica: EmbeddedNode) -> None:
     """A fault that is there already is no error."""
     pid = replica.pid
     replica.start()
@@ -267,7 +267,7 @@ def test_stopping_and_starting_twice_does_nothing(replica: Replica) -> None:
 
 @pytest.mark.parametrize("paused", [False, True])
 def test_a_replica_cut_off_receives_nothing(
-    cluster: EmbeddedCluster, replica: Replica, paused: bool
+    cluster: EmbeddedCluster, replica: EmbeddedNode, paused: bool
 ) -> None:
     """Without replication the walreceiver is gone, also while replay is paused."""
     if paused:
@@ -285,7 +285,7 @@ def test_a_replica_cut_off_receives_nothing(
 
 
 def test_a_promoted_replica_is_a_primary_until_it_is_healed(
-    cluster: EmbeddedCluster, replica: Replica
+    cluster: EmbeddedCluster, replica: EmbeddedNode
 ) -> None:
     """Promotion gives a second primary with a history of its own; healing throws it away."""
     replica.promote()
@@ -297,7 +297,9 @@ def test_a_promoted_replica_is_a_primary_until_it_is_healed(
     assert ("replica", 1) == (replica.role, count(replica))
 
 
-def test_healing_undoes_every_fault_at_once(cluster: EmbeddedCluster, replica: Replica) -> None:
+def test_healing_undoes_every_fault_at_once(
+    cluster: EmbeddedCluster, replica: EmbeddedNode
+) -> None:
     """Whatever was done to the nodes, afterwards they run, stream and have caught up."""
     copies = [node.datadir.stat().st_ino for node in cluster.nodes.values()]
     other = cluster.replicas["replica_2"]
@@ -326,10 +328,10 @@ def test_healing_brings_the_primary_back(cluster: EmbeddedCluster, fault: str) -
 
 
 def test_a_replica_that_lost_its_way_is_copied_anew(
-    cluster: EmbeddedCluster, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    cluster: EmbeddedCluster, replica: EmbeddedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replica that cannot follow the primary any more is healed by a new copy."""
-    monkeypatch.setattr("lsn_consistency.testing.replica.REJOIN_SECONDS", SILENCE_SECONDS)
+    monkeypatch.setattr("lsn_consistency.testing.node.REJOIN_SECONDS", SILENCE_SECONDS)
     replica.stop()
     (replica.datadir / "postgresql.auto.conf").write_text(
         "primary_conninfo = 'host=127.0.0.1 port=1'\n"

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from lsn_consistency.testing import ClusterError, EmbeddedCluster
-from lsn_consistency.testing import node as node_module
+from lsn_consistency.testing import ClusterError, EmbeddedCluster, embedded
 from lsn_consistency.testing._reaper import processes_in
 from lsn_consistency.testing._workspace import LOOPBACK, Workspace, free_port
 
@@ -20,7 +19,7 @@ def test_a_taken_port_is_given_up_for_another(monkeypatch: pytest.MonkeyPatch) -
         other.bind((LOOPBACK, 0))
         other.listen()
         ports = iter([other.getsockname()[1]])
-        monkeypatch.setattr(node_module, "free_port", lambda: next(ports, None) or choose())
+        monkeypatch.setattr(embedded, "free_port", lambda: next(ports, None) or choose())
         with EmbeddedCluster(replicas=1) as pg:
             assert pg.primary.port != other.getsockname()[1]
             assert pg.primary.port == pg.primary.value("SELECT inet_server_port()")

@@ -247,7 +247,7 @@ def test_reasons(path: Path) -> None:
 
 def test_snapshot() -> None:
     """The table of snapshot fields is what `snapshot()` gives."""
-    from lsn_consistency._nodes import Cluster
+    from lsn_consistency._cluster import Cluster
 
     (node,) = Cluster(["primary"], Settings()).snapshot(0.0, 0.0).values()
     assert list(node) == column(REFERENCE, "snapshot")

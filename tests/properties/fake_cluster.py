@@ -1,9 +1,9 @@
 """
-A PostgreSQL cluster without PostgreSQL: servers that know the truth, and a driver for the plans.
+A driver for the plans over servers that know the truth (`tests.simulation.servers`).
 
-`Server` keeps what really is visible on it. `Simulation` carries out the steps of the plans as the
-routers do, on a clock of its own, one step at a time and in any order. Rows go through the reading
-of rows in `_sql`, so what a plan learns is what a server would have said.
+`Simulation` carries out the steps of the plans as the routers do, on a clock of its own, one step
+at a time and in any order: Hypothesis is the scheduler. Rows go through the reading of rows in
+`_sql`, so what a plan learns is what a server would have said.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from lsn_consistency import _connections, _sql
 from lsn_consistency._core import Core
@@ -34,188 +34,10 @@ from lsn_consistency._steps import (
 )
 from lsn_consistency._waiters import Waiter
 from lsn_consistency.events import Event
-from lsn_consistency.lsn import Lsn
+from tests.simulation.servers import Server
 
-SYSTEM: Final = 7_000_000_000_000_000_007
 UNIX_EPOCH: Final = 1_700_000_000.0
-UNIT: Final = 64
-BLOCK: Final = 1024
-SEGMENT: Final = 1024**2
-FLUSH_DELAY: Final = 0.6
 TICK: Final = 1e-6
-
-
-class Commit(NamedTuple):
-    """Hold one transaction: where its commit record ends, and when it became visible."""
-
-    timeline: int
-    end: int
-    at: float
-
-
-class Log:
-    """
-    Hold the WAL of one timeline, its ancestors' part included.
-
-    ``insert`` and ``flush`` are the ends of records; what is not flushed is lost in a crash.
-    """
-
-    def __init__(self, timeline: int, start: int, commits: Iterable[Commit] = ()) -> None:
-        self.timeline = timeline
-        self.start = start
-        self.insert = self.flush = start
-        self.commits = list(commits)
-        self.lost: set[Commit] = set()
-
-    def write(self) -> None:
-        self.insert += UNIT
-
-    def commit(self, now: float, *, asynchronous: bool) -> Commit:
-        self.write()
-        commit = Commit(self.timeline, self.insert, now)
-        self.commits.append(commit)
-        if not asynchronous:
-            self.flush = self.insert
-        return commit
-
-    def flush_due(self, now: float) -> None:
-        for commit in reversed(self.commits):
-            if commit.end <= self.flush:
-                return
-            if commit.at + FLUSH_DELAY <= now:
-                self.flush = commit.end
-                return
-
-    def crash(self) -> None:
-        self.lost.update(commit for commit in self.commits if commit.end > self.flush)
-        self.commits = [commit for commit in self.commits if commit.end <= self.flush]
-        self.insert = self.flush
-
-    def fork(self, timeline: int, at: int) -> Log:
-        log = Log(timeline, at, (commit for commit in self.commits if commit.end <= at))
-        log.lost |= self.lost
-        # The end-of-recovery record.
-        log.write()
-        log.flush = log.insert
-        return log
-
-
-class Server:
-    """
-    Be one PostgreSQL server; ``life`` counts how often all of its connections died.
-    """
-
-    def __init__(self, name: str, log: Log, *, primary: bool = False, system: int = SYSTEM) -> None:
-        self.name = name
-        self.log = log
-        self.is_primary = primary
-        self.system = system
-        self.replay = self.receive = log.start
-        self.paused = False
-        self.streaming = True
-        self.applying = False
-        self.frozen = False
-        self.alive = True
-        self.timeline_known = True
-        self.wal_functions = True
-        self.started = 1
-        self.life = 1
-
-    @property
-    def shown(self) -> int:
-        """Return the end of what a statement on this server can see."""
-        if self.is_primary:
-            return self.log.insert
-        if self.applying and not self.paused:
-            # A commit is visible a moment before the replay position covers it.
-            later = [c.end for c in self.log.commits if self.replay < c.end <= self.receive]
-            return min(later, default=self.replay)
-        return self.replay
-
-    def visible(self) -> list[Commit]:
-        return [commit for commit in self.log.commits if commit.end <= self.shown]
-
-    def staleness(self, now: float) -> float:
-        """Return the age of the oldest commit of this server's timeline that it does not show."""
-        missing = [commit.at for commit in self.log.commits if commit.end > self.shown]
-        return now - min(missing) if missing else 0.0
-
-    def replicate(self, received: float, replayed: float) -> None:
-        """Receive and replay a share of what there is."""
-        if self.is_primary or not self.alive:
-            return
-        if self.streaming:
-            self.receive += _share(max(0, self.log.flush - self.receive), received)
-        if not self.paused:
-            self.replay += _share(max(0, self.receive - self.replay), replayed)
-
-    def crash(self, share: float, *, postmaster: bool = True) -> None:
-        """Die and come back: a primary without what was not flushed, a standby in the past."""
-        self.life += 1
-        self.started += postmaster
-        self.frozen = False
-        if self.is_primary:
-            self.log.crash()
-            return
-        self.replay -= _share(max(0, self.replay - self.log.start), share)
-        self.receive = max(self.replay - 4 * UNIT, 0)
-
-    def stop(self) -> None:
-        self.life += 1
-        self.started += 1
-        self.alive = False
-        if self.is_primary:
-            self.log.crash()
-
-    def promote(self, timeline: int) -> None:
-        self.log = self.log.fork(timeline, self.replay)
-        self.is_primary = True
-
-    def follow(self, log: Log) -> None:
-        """Stream from ``log``; a server that went past the fork is rewound, which restarts it."""
-        self.life += 1
-        self.started += 1
-        reached = self.log.flush if self.is_primary else max(self.replay, self.receive)
-        place = min(reached, log.start)
-        self.log, self.is_primary, self.alive = log, False, True
-        self.replay = self.receive = place
-
-    def probe_row(self, pid: int) -> Row:
-        recovery = not self.is_primary
-        timeline = str(self.log.timeline) if self.timeline_known else None
-        return (
-            str(pid),
-            "t" if recovery else "f",
-            ("paused" if self.paused else "not paused") if recovery else None,
-            str(Lsn(self.replay)) if recovery else str(_raw_insert(self.log.insert)),
-            str(Lsn(self.receive)) if recovery else str(Lsn(self.log.flush)),
-            timeline,
-            "t" if recovery and self.streaming else "f",
-            "f",
-            None,
-        )
-
-    def identity_row(self) -> Row:
-        return (
-            str(self.system),
-            self.name,
-            "5432",
-            str(self.started),
-            str(BLOCK),
-            str(SEGMENT),
-            str(FLUSH_DELAY / 3),
-        )
-
-
-def _share(length: int, share: float) -> int:
-    return round(length / UNIT * share) * UNIT
-
-
-def _raw_insert(lsn: int) -> Lsn:
-    # At the end of a page the server reports the place after the next page's header.
-    if lsn % BLOCK:
-        return Lsn(lsn)
-    return Lsn(lsn + (40 if lsn % SEGMENT == 0 else 24))
 
 
 class Connection:
@@ -255,16 +77,6 @@ class Connection:
     def run(self, statement: bytes) -> Row:
         server = self.server
         pid = self.pid + 1_000_000 if self.endpoint.pooled else self.pid
-        if statement in (_sql.PROBE, _sql.IDENTIFY) and not server.wal_functions:
-            raise NodeFailure(PermissionError("permission denied"), state="42501")
-        if statement == _sql.PROBE:
-            return server.probe_row(pid)
-        if statement == _sql.IDENTIFY:
-            return [*server.probe_row(pid), *server.identity_row()]
-        if statement == _sql.IDENTIFY_WITHOUT_WAL:
-            recovery = "f" if server.is_primary else "t"
-            known = (str(pid), recovery, None, None, None, None, "f", "f", None)
-            return (*known, "0", *server.identity_row()[1:4], "8192", "16777216", "0")
         if statement == _sql.BEGIN_READ_COMMITTED:
             self.in_transaction = True
         elif statement == _sql.READ_ONLY:
@@ -272,7 +84,7 @@ class Connection:
         elif statement == _sql.READ_WRITE:
             self.session_read_only = False
         else:
-            raise AssertionError(f"an unknown statement: {statement!r}")
+            return server.answer(statement, pid)
         return ()
 
     @property
@@ -426,7 +238,7 @@ class Simulation:
     ) -> Waiter:
         cluster = self.core.cluster
         if isinstance(step, AwaitPosition):
-            return cluster.wait_for_position(step.required, wake)
+            return cluster.wait_for_position(step.required, wake, step.since)
         if isinstance(step, AwaitObservation):
             return cluster.wait_for_observation(step.node, step.after, wake)
         return cluster.wait_for_fallback(wake)

@@ -11,23 +11,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lsn_consistency import Consistency, Position, Reason, Session, Token
-from lsn_consistency._decision import Fail, Read, Refresh, Serve, Wait, admits
+from lsn_consistency._decision import admits
+from lsn_consistency._verdicts import Fail, Read, Refresh, Serve, Wait
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import PRIMARY_NAME
 from lsn_consistency._steps import NodeFailure, identify, observe
 from lsn_consistency.exceptions import RoutingError
 from lsn_consistency.lsn import Lsn
-from tests.properties.fake_cluster import (
-    BLOCK,
-    SYSTEM,
-    UNIT,
-    UNIX_EPOCH,
-    Connection,
-    Endpoint,
-    Log,
-    Server,
-    Simulation,
-)
+from tests.properties.fake_cluster import UNIX_EPOCH, Connection, Endpoint, Simulation
+from tests.simulation.servers import BLOCK, SYSTEM, UNIT, Log, Server
 
 START = 16 * BLOCK - 5 * UNIT
 STRANGE = 99

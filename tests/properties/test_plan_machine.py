@@ -13,23 +13,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from lsn_consistency import Consistency, Position, Reason, Session, Token, _plans
+from lsn_consistency import Consistency, Position, Reason, Session, Token, _plans, _writes
 from lsn_consistency._plans import Lease
 from lsn_consistency.exceptions import NoNodeAvailableError, RoutingError
 from lsn_consistency.lsn import Lsn
-from tests.properties.fake_cluster import (
-    BLOCK,
-    SYSTEM,
-    TICK,
-    UNIT,
-    UNIX_EPOCH,
-    Commit,
-    Endpoint,
-    Log,
-    Operation,
-    Server,
-    Simulation,
-)
+from tests.properties.fake_cluster import TICK, UNIX_EPOCH, Endpoint, Operation, Simulation
+from tests.simulation.servers import BLOCK, SYSTEM, UNIT, Commit, Log, Server
 
 START = 16 * BLOCK - 5 * UNIT
 MAX_LAG = 1.5
@@ -201,7 +190,7 @@ class WriteWork(Work):
 
     def opened(self) -> Operation:
         self.commit: Commit | None = None
-        return Operation(self.world, _plans.open_write(self.world.core, self.client.session))
+        return Operation(self.world, _writes.open_write(self.world.core, self.client.session))
 
     def body(self, lease: Lease, chance: Random) -> Operation:
         world, conn = self.world, lease.conn
@@ -219,7 +208,7 @@ class WriteWork(Work):
             conn.closed = True
         world.pass_time(TICK)
         interrupted = chance.random() < 0.2
-        plan = _plans.close_write(world.core, self.client.session, lease, interrupted=interrupted)
+        plan = _writes.close_write(world.core, self.client.session, lease, interrupted=interrupted)
         return Operation(world, plan)
 
     def closed(self, lease: Lease) -> None:
@@ -416,7 +405,7 @@ class PlanMachine(RuleBasedStateMachine):
             for server in servers
             if server.is_primary and server.alive and len(servers) == 1
         ]
-        captured = Operation(world, _plans.capture(world.core, owner.session)).finish(Random(seed))
+        captured = Operation(world, _writes.capture(world.core, owner.session)).finish(Random(seed))
         assert captured.error is None
         assert owner.session.wrote
         newest = max(server.log.timeline for server in self.server.values())
@@ -427,7 +416,7 @@ class PlanMachine(RuleBasedStateMachine):
 
     @rule(seed=seeds)
     def token(self, seed: int) -> None:
-        taken = Operation(self.world, _plans.primary_token(self.world.core)).finish(Random(seed))
+        taken = Operation(self.world, _writes.primary_token(self.world.core)).finish(Random(seed))
         assert isinstance(taken.result, Token) or isinstance(taken.error, NoNodeAvailableError)
 
     def forget(self) -> None:

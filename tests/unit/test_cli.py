@@ -22,6 +22,7 @@ from lsn_consistency.demo import check
 from lsn_consistency.demo.journal import KEPT_ENTRIES, Journal, describe
 from lsn_consistency.demo.tally import Sample, Tally, make_table, objections, percentile, total
 from lsn_consistency.exceptions import MalformedTokenError
+from lsn_consistency.lsn import Lsn, Position
 
 ROOT = Path(next(iter(lsn_consistency.__path__))).parent
 
@@ -224,12 +225,15 @@ EVENTS: dict[events.Event, str | None] = {
     events.TokenRejected(MalformedTokenError("no"), "cookie"): "the cookie was refused: no",
     events.TokenNotSent(Token()): "after the response had started",
     events.PositionUnknown("gone", 1.0): "pinned to the primary: gone",
+    events.LostWrite(Position(7, 1, Lsn(0x3000100)), 2, None): "0/3000100 of timeline 1 may be",
     events.NodeFailed("eu", "refused\nagain", 1): "eu fails (refused)",
     events.NodeFailed("eu", "refused", 3): "eu fails (refused): its breaker opens",
     events.NodeFailed("eu", "refused", 4): None,
     events.NodeRecovered("eu"): "eu answers again",
     events.RoleChanged("eu", None, "replica"): "eu was seen as replica",
     events.RoleChanged("eu", "replica", "primary"): "seen as primary, before as replica",
+    events.ReadRetried("eu", "40001", "conflict"): "failed on eu and runs elsewhere: conflict",
+    events.ReadHedged("eu", "us", True): "eu was slow, so us was asked too: us was first",
     events.FallbackLimited(5, "wait"): "serves 5 fallback reads",
 }
 

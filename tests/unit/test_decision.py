@@ -11,20 +11,11 @@ from typing import Any
 import pytest
 
 from lsn_consistency import Consistency, Position, Reason, Token
-from lsn_consistency._decision import (
-    Fail,
-    Read,
-    Refresh,
-    Serve,
-    Wait,
-    admits,
-    decide,
-    decide_stale,
-    no_primary,
-)
-from lsn_consistency._nodes import Cluster
+from lsn_consistency._cluster import Cluster
+from lsn_consistency._decision import admits, decide, decide_stale, no_primary
 from lsn_consistency._observation import Observation, Server
 from lsn_consistency._settings import Settings
+from lsn_consistency._verdicts import Fail, Read, Refresh, Serve, Wait
 from lsn_consistency.exceptions import NoNodeAvailableError, ReplayTimeoutError
 from lsn_consistency.lsn import Lsn
 
@@ -280,7 +271,7 @@ def test_of_several_replicas_with_the_primary_down_the_furthest_serves() -> None
     "unknown",
     [
         observed("a", None),
-        observed("a", 9999, timeline=None),
+        observed("a", 9999, timeline=None, started="2"),
         observed("a", 9999, timeline=2),
         observed("a", 9999, system=8),
         observed("a", 9999, recovery=False, system=8),

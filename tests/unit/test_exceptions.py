@@ -43,6 +43,7 @@ EXAMPLES: list[LsnConsistencyError] = [
     NoNodeAvailableError({}, "no primary: two claim to be it"),
     FallbackLimitError(10, 1.5),
     LostWriteError(POSITION, Lsn.parse("16/B3000000")),
+    LostWriteError(POSITION, None),
 ]
 
 
@@ -135,8 +136,13 @@ def test_families_are_apart() -> None:
         ),
         (
             LostWriteError(POSITION, Lsn.parse("16/B3000000")),
-            "16/B374D848 on timeline 3 of system 7301234567890123456 may be lost: its timeline"
-            " ended at 16/B3000000",
+            "16/B374D848 on timeline 3 of system 7301234567890123456 may be lost: the log there"
+            " ends at 16/B3000000",
+        ),
+        (
+            LostWriteError(POSITION, None),
+            "16/B374D848 on timeline 3 of system 7301234567890123456 may be lost: the primary's"
+            " log never was there",
         ),
     ],
 )
@@ -171,6 +177,7 @@ def test_text_of_an_invalid_lsn_is_bounded_and_printable() -> None:
         ),
         (FallbackLimitError(10, 1.5), {"limit": 10, "retry_after_seconds": 1.5}),
         (LostWriteError(POSITION, Lsn(5)), {"position": POSITION, "switch_point": 5}),
+        (LostWriteError(POSITION, None), {"position": POSITION, "switch_point": None}),
     ],
 )
 def test_attributes(error: LsnConsistencyError, expected: dict[str, object]) -> None:

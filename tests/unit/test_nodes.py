@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from lsn_consistency import Position
+from lsn_consistency._cluster import Cluster
 from lsn_consistency._nodes import (
     FIRST_RETRY_SECONDS,
     MAX_RETRY_SECONDS,
     MAX_SERVERS_PER_NODE,
     SERVER_MEMORY_SECONDS,
-    Cluster,
     Node,
 )
 from lsn_consistency._observation import Observation, Server
@@ -271,6 +271,7 @@ def test_a_replica_releases_those_whose_position_it_reached() -> None:
     known = cluster()
     woken: list[str] = []
     required = Position(SYSTEM, 1, Lsn(1000))
+    known.record("primary", primary("p", 5000, at=9.0))
     waiter = known.wait_for_position(required, lambda: woken.append("x"))
     known.record("primary", primary("p", 5000))
     known.record("a", observed("a", 999))
@@ -335,6 +336,8 @@ def test_the_snapshot_describes_every_node() -> None:
         "lag_source": "primary",
         "replay_lsn": Lsn(1000),
         "timeline": 1,
+        "timeline_is_certain": True,
+        "switch_points": {},
         "system_id": SYSTEM,
         "checked_at": pytest.approx(1_000_010.001),
         "breaker": "closed",

@@ -17,9 +17,10 @@ from lsn_consistency import (
     Token,
     _plans,
     _sql,
+    _writes,
 )
 from lsn_consistency import consistency as at_level
-from lsn_consistency._plans import Lease, is_retriable
+from lsn_consistency._plans import Lease
 from lsn_consistency._steps import (
     AwaitObservation,
     AwaitPosition,
@@ -37,8 +38,9 @@ from lsn_consistency.exceptions import (
     ReplayTimeoutError,
 )
 from lsn_consistency.lsn import Lsn
-from tests.properties.fake_cluster import SYSTEM, UNIX_EPOCH, Operation, Simulation
+from tests.properties.fake_cluster import UNIX_EPOCH, Operation, Simulation
 from tests.properties.test_plan_machine import PIN, Client, ReadWork, Work, WriteWork, make_world
+from tests.simulation.servers import SYSTEM
 
 CHANCE = 7
 
@@ -617,9 +619,9 @@ def test_a_write_advances_past_its_commit() -> None:
     """The position is taken after COMMIT, on the connection of the write."""
     world = ready_world()
     session = Session()
-    lease = run(world, _plans.open_write(world.core, session)).result
+    lease = run(world, _writes.open_write(world.core, session)).result
     done = lease.conn.server.log.commit(world.now, asynchronous=True)
-    closing = Operation(world, _plans.close_write(world.core, session, lease, interrupted=False))
+    closing = Operation(world, _writes.close_write(world.core, session, lease, interrupted=False))
     assert isinstance(closing.step, Fetch)
     assert closing.step.conn is lease.conn
     closing.finish(Random(CHANCE))
@@ -632,10 +634,10 @@ def test_a_lost_write_takes_a_fresh_position() -> None:
     """If the connection dies between COMMIT and capture, the primary is asked anew."""
     world = ready_world()
     session = Session()
-    lease = run(world, _plans.open_write(world.core, session)).result
+    lease = run(world, _writes.open_write(world.core, session)).result
     done = lease.conn.server.log.commit(world.now, asynchronous=True)
     lease.conn.closed = True
-    run(world, _plans.close_write(world.core, session, lease, interrupted=False))
+    run(world, _writes.close_write(world.core, session, lease, interrupted=False))
     held = session.token.get(SYSTEM)
     assert held is not None
     assert held.lsn >= done.end
@@ -645,9 +647,9 @@ def test_a_write_without_a_position_pins() -> None:
     """If the primary is gone after COMMIT, reads keep to the primary: fail closed."""
     world = ready_world()
     session = Session()
-    lease = run(world, _plans.open_write(world.core, session)).result
+    lease = run(world, _writes.open_write(world.core, session)).result
     lease.conn.server.stop()
-    run(world, _plans.close_write(world.core, session, lease, interrupted=False))
+    run(world, _writes.close_write(world.core, session, lease, interrupted=False))
     assert session.token.pin_until is not None
     assert session.token.get(SYSTEM) is None
 
@@ -659,10 +661,10 @@ def test_a_sticky_write_pins_for_its_seconds() -> None:
         session = Session()
         with at_level(Consistency.sticky(7)):
             if take == "capture":
-                run(world, _plans.capture(world.core, session))
+                run(world, _writes.capture(world.core, session))
             else:
-                lease = run(world, _plans.open_write(world.core, session)).result
-                run(world, _plans.close_write(world.core, session, lease, interrupted=False))
+                lease = run(world, _writes.open_write(world.core, session)).result
+                run(world, _writes.close_write(world.core, session, lease, interrupted=False))
         assert session.token.positions == {}
         assert session.token.pin_until == pytest.approx(UNIX_EPOCH + world.now + 7, abs=0.01)
         assert session.wrote
@@ -676,7 +678,7 @@ def test_a_write_never_goes_to_a_former_primary() -> None:
     world.probe_all(Random(CHANCE))
     promoted.stop()
     world.probe_all(Random(CHANCE))
-    opened = run(world, _plans.open_write(world.core, Session()))
+    opened = run(world, _writes.open_write(world.core, Session()))
     assert isinstance(opened.error, ConnectionError)
 
 
@@ -686,7 +688,7 @@ def test_a_write_without_a_primary_says_who_is_none() -> None:
     primary = world.endpoints["primary"].servers[0]
     primary.is_primary = False
     world.probe_all(Random(CHANCE))
-    error = run(world, _plans.open_write(world.core, Session())).error
+    error = run(world, _writes.open_write(world.core, Session())).error
     assert isinstance(error, NoNodeAvailableError)
     assert set(error.failures) == {"primary", "a", "b", "c"}
 
@@ -695,14 +697,14 @@ def test_the_token_of_the_primary_and_none_without_it() -> None:
     """`primary_token` is the position now, or an error; a capture pins instead."""
     world = ready_world()
     commit(world)
-    assert token_now(world) == run(world, _plans.primary_token(world.core)).result
+    assert token_now(world) == run(world, _writes.primary_token(world.core)).result
     session = Session()
-    run(world, _plans.capture(world.core, session))
+    run(world, _writes.capture(world.core, session))
     assert token_now(world) == session.token
     world.endpoints["primary"].servers[0].stop()
-    error = run(world, _plans.primary_token(world.core)).error
+    error = run(world, _writes.primary_token(world.core)).error
     assert isinstance(error, NoNodeAvailableError)
-    run(world, _plans.capture(world.core, session))
+    run(world, _writes.capture(world.core, session))
     assert session.token.pin_until is not None
 
 
@@ -742,9 +744,9 @@ def test_reads_are_read_only_and_writes_are_not() -> None:
             lease = open_read(world, session, Consistency.STRONG).result
             assert lease.conn.only_reads
             close_read(world, session, lease)
-            written = run(world, _plans.open_write(world.core, session)).result
+            written = run(world, _writes.open_write(world.core, session)).result
             assert not written.conn.only_reads
-            run(world, _plans.close_write(world.core, session, written, interrupted=False))
+            run(world, _writes.close_write(world.core, session, written, interrupted=False))
 
 
 def test_a_given_connection_of_a_promoted_server_is_made_read_only() -> None:
@@ -760,28 +762,6 @@ def test_a_given_connection_of_a_promoted_server_is_made_read_only() -> None:
     again = open_read(world, Session(), Consistency.STRONG).result
     assert again.conn is lease.conn
     assert again.conn.only_reads
-
-
-@pytest.mark.parametrize(
-    ("state", "lost", "expected"),
-    [
-        ("40001", False, True),
-        ("40P01", False, True),
-        ("57P01", False, True),
-        ("57P02", False, True),
-        ("57P03", False, True),
-        ("57014", False, False),
-        ("25006", False, False),
-        ("57P04", False, False),
-        (None, False, False),
-        (None, True, True),
-    ],
-)
-def test_only_conflicts_and_lost_connections_run_again(
-    state: str | None, lost: bool, expected: bool
-) -> None:
-    """A statement time-out is the caller's; a recovery conflict is the replica's."""
-    assert expected == is_retriable(state, lost=lost)
 
 
 def test_begin_behind_a_pooler_is_read_committed() -> None:
@@ -805,7 +785,7 @@ def test_what_an_interruption_left_behind_is_made_up_for() -> None:
     assert lease.conn is conn
     close_read(world, session, lease)
     assert conn.read_only is None
-    written = run(world, _plans.open_write(world.core, session)).result
+    written = run(world, _writes.open_write(world.core, session)).result
     assert (conn, None) == (written.conn, written.conn.read_only)
 
 
@@ -864,9 +844,9 @@ def test_a_demoted_primary_gives_no_position_after_a_write() -> None:
     """What a standby says of itself does not cover a commit: the session is pinned."""
     world = ready_world()
     session = Session()
-    lease = run(world, _plans.open_write(world.core, session)).result
+    lease = run(world, _writes.open_write(world.core, session)).result
     lease.conn.server.is_primary = False
-    run(world, _plans.close_write(world.core, session, lease, interrupted=False))
+    run(world, _writes.close_write(world.core, session, lease, interrupted=False))
     assert session.token.get(SYSTEM) is None
     assert session.token.pin_until is not None
 
@@ -883,7 +863,7 @@ def test_an_endpoint_of_both_primaries_writes_to_the_promoted_one() -> None:
     written = []
     for seed in range(20):
         session = Session()
-        opened = Operation(world, _plans.open_write(world.core, session)).finish(Random(seed))
+        opened = Operation(world, _writes.open_write(world.core, session)).finish(Random(seed))
         if opened.error is None:
             written.append(opened.result.conn.server)
             world.endpoints[opened.result.node].idle.clear()

@@ -79,6 +79,7 @@ def test_counts(name: str, value: Any) -> None:
     [
         ({"consistency": "causal"}, "consistency takes a Consistency"),
         ({"on_fallback_limit": "primary"}, 'on_fallback_limit takes "wait", "stale" or "error"'),
+        ({"on_lost_write": "raise"}, 'on_lost_write takes "report" or "error"'),
         ({"on_event": "print"}, "on_event takes a callable"),
         ({"weights": ["a"]}, "weights takes a mapping"),
         ({"pool_options": 5}, "pool_options takes a mapping"),

@@ -10,22 +10,34 @@ import pytest
 from lsn_consistency import Position, _sql
 from lsn_consistency._observation import Observation, Server
 from lsn_consistency._sql import Identity, read_identity, read_observation
-from lsn_consistency._steps import Fetch, NodeFailure, Reply, identify, observe
-from lsn_consistency.lsn import Lsn
+from lsn_consistency._steps import Fetch, NodeFailure, Reply, ask_timeline, identify, observe
+from lsn_consistency.exceptions import InvalidLsnError
+from lsn_consistency.lsn import Lsn, TimelineHistory
 
 IDENTITY = Identity(Server(7, "10.0.0.1", 5432, "1700000000.123456"), 8192, 16777216, 0.6)
-COLUMNS = ("pid", "recovery", "paused", "lsn", "other", "timeline", "streaming", "delayed", "age")
-STANDBY = dict(
-    zip(
-        COLUMNS,
-        ("42", "t", "not paused", "0/3000100", "0/3000200", "1", "t", "f", "1.5"),
-        strict=True,
-    )
-)
-PRIMARY = dict(
-    zip(COLUMNS, ("42", "f", None, "0/3000100", "0/3000080", "1", "f", "f", None), strict=True)
-)
-TAIL = ("7", "10.0.0.1", "5432", "1700000000.123456", "8192", "16777216", "0.2")
+STANDBY: dict[str, str | None] = {
+    "pid": "42",
+    "recovery": "t",
+    "paused": "not paused",
+    "lsn": "0/3000100",
+    "other": "0/3000200",
+    "timeline": "1",
+    "received": "1",
+    "streaming": "t",
+    "delayed": "f",
+    "age": "1.5",
+    "switch": None,
+}
+PRIMARY: dict[str, str | None] = {
+    **STANDBY,
+    "recovery": "f",
+    "paused": None,
+    "other": "0/3000080",
+    "received": None,
+    "streaming": "f",
+    "age": None,
+}
+TAIL = ("7", "10.0.0.1", "5432", "1700000000.123456", "8192", "16777216", "0.2", "42 now")
 
 
 def seen(row: Mapping[str, str | None], *, pid: int = 42, **changed: str | None) -> Observation:
@@ -46,6 +58,9 @@ def test_a_standby() -> None:
         flush_delay_seconds=0.6,
         replay_age_seconds=1.5,
         pooled=False,
+        timeline_is_certain=True,
+        streaming=True,
+        switch_point=None,
     )
     assert expected == seen(STANDBY)
 
@@ -104,7 +119,7 @@ def test_an_insert_position_past_a_header_is_the_start_of_its_page(
 
 def test_the_servers_own_sizes_count() -> None:
     """A server may be built with other pages and made with other segments."""
-    identity = read_identity((*PRIMARY.values(), *TAIL[:4], "1024", "1048576", "0.2"), 42)
+    identity = read_identity((*PRIMARY.values(), *TAIL[:4], "1024", "1048576", *TAIL[6:]), 42)
     row = {**PRIMARY, "lsn": "0/3000418"}
     observed = read_observation(identity, tuple(row.values()), 42, 1.0, 1.1)
     assert Lsn(0x3000400) == observed.lsn
@@ -115,7 +130,7 @@ def test_the_servers_own_sizes_count() -> None:
 
 def test_null_stays_unknown() -> None:
     """Nothing is guessed for a column without a value."""
-    observed = seen(STANDBY, lsn=None, timeline=None, age=None)
+    observed = seen(STANDBY, lsn=None, timeline=None, received=None, age=None)
     assert (None, None, None, None) == (
         observed.lsn,
         observed.timeline,
@@ -159,6 +174,12 @@ def test_another_backend_than_the_protocols_is_a_pooler() -> None:
     assert seen(STANDBY, pid=43).pooled
 
 
+LIMITED_ROW = (
+    *("42", "f", *[None] * 5, "f", "f", None, None),
+    *("0", "a", "5432", "1", "8192", "16777216", "0", "42 now"),
+)
+
+
 def _reply(row: Any) -> Reply:
     return Reply(row, 42, 1.0, 1.1)
 
@@ -170,9 +191,8 @@ def test_without_wal_functions_everything_is_unknown(state: str) -> None:
     assert Fetch("conn", _sql.IDENTIFY) == next(plan)
     failure = NodeFailure(PermissionError("no"), state=state)
     assert Fetch("conn", _sql.IDENTIFY_WITHOUT_WAL) == plan.throw(failure)
-    row = ("42", "f", *[None] * 4, "f", "f", None, "0", "a", "5432", "1", "8192", "16777216", "0")
     with pytest.raises(StopIteration) as done:
-        plan.send(_reply(row))
+        plan.send(_reply(LIMITED_ROW))
     identity, observed = done.value.value
     assert identity.limited
     assert (None, None, None, False) == (
@@ -200,9 +220,150 @@ def test_a_known_server_is_only_probed(kept: dict[str, bool]) -> None:
     assert Fetch("conn", expected) == next(observe("conn", identity))
 
 
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_refused_statement_does_not_end_a_transaction_behind_a_pooler(pooled: bool) -> None:
+    """A server known to refuse its functions is asked without them where that would cost more."""
+    identity = Identity(IDENTITY.server._replace(system_id=0), 8192, 16777216, 0.6, pooled=pooled)
+    expected = _sql.IDENTIFY_WITHOUT_WAL if pooled else _sql.IDENTIFY
+    plan = observe("conn", identity)
+    assert Fetch("conn", expected) == next(plan)
+
+
 def test_the_pause_state_stands_before_the_position() -> None:
     """Paused first, then read: the position covers all that was visible."""
     probe = _sql.PROBE
     assert probe.index(b"pause_state") < probe.index(b"pg_last_wal_replay_lsn")
     assert probe.index(b"pg_last_wal_replay_lsn") < probe.index(b"pg_last_wal_receive_lsn")
     assert _sql.IDENTIFY.startswith(_sql.PROBE)
+
+
+# Timelines
+
+
+@pytest.mark.parametrize(
+    ("known", "received", "timeline", "certain"),
+    [
+        ("1", None, 1, False),
+        ("1", "2", 2, True),
+        ("2", "1", 2, True),
+        ("2", "2", 2, True),
+        (None, "2", 2, True),
+        (None, None, None, False),
+    ],
+)
+def test_the_timeline_of_a_standby(
+    known: str | None, received: str | None, timeline: int | None, certain: bool
+) -> None:
+    """The greater of restartpoint and walreceiver; the restartpoint alone is a lower bound."""
+    observed = seen(STANDBY, timeline=known, received=received)
+    assert (timeline, certain) == (observed.timeline, observed.timeline_is_certain)
+
+
+def test_the_timeline_of_a_primary_is_its_own() -> None:
+    """Whatever a walreceiver that is about to end still says."""
+    observed = seen(PRIMARY, timeline="2", received="3", streaming="t")
+    assert (2, True, False) == (
+        observed.timeline,
+        observed.timeline_is_certain,
+        observed.streaming,
+    )
+
+
+def test_without_a_walreceiver_a_standby_does_not_stream() -> None:
+    """A row of the walreceiver is streaming, also where its columns may not be seen."""
+    assert seen(STANDBY, received=None).streaming
+    assert not seen(STANDBY, received=None, streaming="f").streaming
+
+
+def test_where_a_promoted_server_ended_its_recovery() -> None:
+    """The frozen replay position of a primary, padded or not; a server that never was a standby
+    has none."""
+    assert Lsn(0x2000100) == seen(PRIMARY, switch="0/02000100").switch_point
+    assert seen(PRIMARY).switch_point is None
+
+
+def test_the_transaction_is_part_of_the_identity_only() -> None:
+    """A probe says nothing of its transaction, and is never taken for one of another."""
+    row = (*STANDBY.values(), *TAIL)
+    assert "42 now" == read_observation(IDENTITY, row, 42, 1.0, 1.1).transaction
+    assert seen(STANDBY).transaction is None
+
+
+def test_every_column_is_read() -> None:
+    """The statements and their rows are as wide as each other."""
+    for statement, row in (
+        (_sql.PROBE, tuple(STANDBY.values())),
+        (_sql.IDENTIFY, (*STANDBY.values(), *TAIL)),
+        (_sql.IDENTIFY_WITHOUT_WAL, LIMITED_ROW),
+    ):
+        assert len(row) == _columns(statement.decode().removeprefix("select"))
+
+
+def _columns(text: str) -> int:
+    depth, commas = 0, 0
+    for each in text:
+        depth += (each == "(") - (each == ")")
+        commas += each == "," and depth == 0
+    return commas + 1
+
+
+IDENTITY_ROW = (*STANDBY.values(), *TAIL)
+SYSTEM_ROW = ("7", "3", "0/3000100", "postgres")
+HISTORY_ROW = ("00000003.history", "1\t0/2000000\tno reason\n2\t0/3000000\tno reason\n")
+
+
+def test_the_replication_commands() -> None:
+    """As PostgreSQL's documentation of the streaming replication protocol names them."""
+    assert b"IDENTIFY_SYSTEM" == _sql.IDENTIFY_SYSTEM
+    assert b"TIMELINE_HISTORY 12" == _sql.timeline_history(12)
+    assert 3 == _sql.read_system_timeline(SYSTEM_ROW)
+
+
+def test_a_history_is_read_or_refused() -> None:
+    """What is no history raises `ValueError`, and nothing is learned from it."""
+    expected = {1: Lsn(0x2000000), 2: Lsn(0x3000000)}
+    history = _sql.read_timeline_history(3, HISTORY_ROW)
+    assert (3, expected, True) == (history.timeline, history.switch_points, history.complete)
+    with pytest.raises(ValueError, match="has the line"):
+        _sql.read_timeline_history(3, ("00000003.history", "nonsense"))
+    with pytest.raises(InvalidLsnError):
+        _sql.read_timeline_history(3, ("00000003.history", "1 0-2000000"))
+
+
+def ask() -> Any:
+    """Ask for a timeline, up to the answer about the server's identity."""
+    plan = ask_timeline("conn", IDENTITY.server)
+    assert Fetch("conn", _sql.IDENTIFY, simple=True) == next(plan)
+    return plan
+
+
+def test_a_replication_connection_tells_timeline_and_history() -> None:
+    """Who answers, on which timeline, with which history: each by a simple query."""
+    plan = ask()
+    assert Fetch("conn", b"IDENTIFY_SYSTEM", simple=True) == plan.send(_reply(IDENTITY_ROW))
+    assert Fetch("conn", b"TIMELINE_HISTORY 3", simple=True) == plan.send(_reply(SYSTEM_ROW))
+    with pytest.raises(StopIteration) as done:
+        plan.send(_reply(HISTORY_ROW))
+    timeline, history = done.value.value
+    assert 3 == timeline
+    assert isinstance(history, TimelineHistory)
+    assert {1: Lsn(0x2000000), 2: Lsn(0x3000000)} == history.switch_points
+
+
+def test_the_first_timeline_has_no_history_to_ask_for() -> None:
+    """There is no file 00000001.history."""
+    plan = ask()
+    plan.send(_reply(IDENTITY_ROW))
+    with pytest.raises(StopIteration) as done:
+        plan.send(_reply(("7", "1", "0/3000100", None)))
+    assert (1, None) == done.value.value
+
+
+@pytest.mark.parametrize("column", range(4), ids=["system", "address", "port", "started"])
+def test_a_replication_connection_of_another_server_tells_nothing(column: int) -> None:
+    """Behind one endpoint there may be several: what another one says is not believed."""
+    tail = list(TAIL)
+    tail[column] = "9"
+    plan = ask()
+    with pytest.raises(NodeFailure, match="another server"):
+        plan.send(_reply((*STANDBY.values(), *tail)))

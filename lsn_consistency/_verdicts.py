@@ -1,0 +1,106 @@
+"""
+What the decision is asked, and what it answers: plain data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lsn_consistency._nodes import Node
+from lsn_consistency.consistency import Consistency
+from lsn_consistency.exceptions import RoutingError
+from lsn_consistency.lsn import Lsn, Position
+from lsn_consistency.route import Reason
+from lsn_consistency.tokens import Token
+
+
+class Lost(NamedTuple):
+    """
+    Name a position that the primary's log does not have, and where that log left its timeline.
+
+    ``switch_point`` is the end of the primary's log where the timeline is its own, and None where
+    its log never was on that timeline.
+    """
+
+    position: Position
+    timeline: int
+    switch_point: Lsn | None
+
+
+@dataclass(slots=True)
+class Read:
+    """
+    Hold what one read asks for, and what became of its attempts.
+
+    ``began`` is a moment before which its token was known already. ``excluded`` nodes have
+    failed. Of a ``refused`` one the connections that were tried could not serve; it may be tried
+    again after a wait.
+    """
+
+    level: Consistency
+    token: Token
+    lag_limit: float
+    wait_seconds: float
+    began: float = math.inf
+    preferred: str | None = None
+    excluded: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
+    refusals: Counter[str] = field(default_factory=Counter)
+    waiting_since: float | None = None
+    waited: bool = False
+    waited_seconds: float = 0.0
+    refreshed: bool = False
+    compared: bool = False
+    primary_error: BaseException | None = None
+
+
+class Serve(NamedTuple):
+    """
+    Take a connection of ``node``.
+
+    ``required`` is what its server must have reached. ``ask`` says that only an observation on
+    that connection can tell, ``stale`` that the read may be stale, ``primary`` that the node
+    serves as the primary. ``lost`` is what the token asks for and the primary does not have.
+    """
+
+    node: Node
+    reason: Reason
+    lag_seconds: float | None = None
+    required: Position | None = None
+    ask: bool = False
+    stale: bool = False
+    primary: bool = False
+    lost: Lost | None = None
+
+
+class Wait(NamedTuple):
+    """
+    Wait for a replica to reach ``required``.
+    """
+
+    required: Position
+
+
+class Refresh(NamedTuple):
+    """
+    Get a new observation of each of these nodes, one after the other.
+
+    ``compare`` says that what the first one follows is to be told from the roles of the others.
+    """
+
+    names: tuple[str, ...]
+    compare: bool = False
+
+
+class Fail(NamedTuple):
+    """
+    Raise ``error``.
+    """
+
+    error: RoutingError
+
+
+Verdict = Serve | Wait | Refresh | Fail

@@ -1,0 +1,123 @@
+"""
+The steps of a write, and of taking the primary's position, without the input and output.
+"""
+
+from __future__ import annotations
+
+from lsn_consistency._connections import (
+    look,
+    look_again,
+    make_writable,
+    patience_with_primary,
+    report,
+)
+from lsn_consistency._core import Core
+from lsn_consistency._decision import no_primary
+from lsn_consistency._observation import Observation
+from lsn_consistency._plans import CONNECTIONS_TRIED, Lease
+from lsn_consistency._positions import advance_past_primary, advance_to, or_pinned, pin
+from lsn_consistency._steps import AwaitObservation, Checkout, NodeFailure, Plan, Return, observe
+from lsn_consistency._verdicts import Serve
+from lsn_consistency.consistency import effective
+from lsn_consistency.exceptions import NoNodeAvailableError
+from lsn_consistency.route import Reason, Route
+from lsn_consistency.session import Session
+from lsn_consistency.tokens import Token
+
+
+def open_write(core: Core, session: Session) -> Plan[Lease]:
+    """
+    Take a connection of the primary.
+
+    Raises the driver's own error, or `NoNodeAvailableError` when no node is the primary.
+    """
+    session.accessed = True
+    if core.cluster.primary is None:
+        yield from look_again(core, tuple(core.cluster.nodes))
+    for _ in range(CONNECTIONS_TRIED):
+        primary = core.cluster.primary
+        if primary is None:
+            break
+        serve = Serve(primary, Reason.PRIMARY_REQUIRED, primary=True)
+        try:
+            timeout = yield from patience_with_primary(core, primary)
+            conn = yield Checkout(primary.name, timeout, core.settings.connect_timeout)
+            try:
+                facts, seen = yield from look(core, None, serve, conn)
+                if core.cluster.is_primary(seen):
+                    yield from make_writable(conn, facts)
+                    route = Route(primary.name, "primary", Reason.PRIMARY_REQUIRED)
+                    level = effective(None, core.settings.consistency)
+                    return Lease(primary.name, conn, facts, route, level, session.token)
+            except BaseException:
+                yield Return(primary.name, conn)
+                raise
+            yield Return(primary.name, conn)
+        except NodeFailure as failure:
+            report(core, primary.name, failure)
+            raise failure.cause from None
+    failures = {node.name: node.last_error or "is a standby" for node in core.cluster.all_nodes}
+    raise NoNodeAvailableError(failures, no_primary(core.cluster))
+
+
+def close_write(core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
+    """
+    Take the position after COMMIT, advance the session by it, and give the connection back.
+
+    Nothing is raised: when the position cannot be had here, a fresh one of the primary is taken,
+    and when there is none the session is pinned to the primary.
+    """
+    session.wrote = True
+    yield from or_pinned(core, session, _close_write(core, session, lease, interrupted))
+
+
+def _close_write(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:
+    started = core.clock()
+    seen: Observation | None = None
+    sticky = lease.level.name == "sticky"
+    if sticky:
+        session.pin(core.unix_clock() + (lease.level.seconds or 0.0))
+    try:
+        if not interrupted and not sticky:
+            seen = yield from observe(lease.conn, lease.facts.identity)
+            core.observed(lease.node, seen)
+    except NodeFailure as failure:
+        report(core, lease.node, failure)
+    finally:
+        yield Return(lease.node, lease.conn)
+    if sticky:
+        return
+    if interrupted:
+        pin(core, session, "the write was interrupted")
+    elif seen is None or seen.in_recovery or seen.bound_position is None:
+        yield from advance_past_primary(core, session, lease.token, started)
+    else:
+        advance_to(core, session, seen, lease.token)
+
+
+def capture(core: Core, session: Session) -> Plan[None]:
+    """
+    Advance the session past everything that is committed on the primary by now.
+    """
+    session.wrote = True
+    level = effective(None, core.settings.consistency)
+    if level.name == "sticky":
+        session.pin(core.unix_clock() + (level.seconds or 0.0))
+        return
+    past = advance_past_primary(core, session, session.token, core.clock())
+    yield from or_pinned(core, session, past)
+
+
+def primary_token(core: Core) -> Plan[Token]:
+    """
+    Return the primary's position as a token.
+
+    Raises `NoNodeAvailableError` when it cannot be had.
+    """
+    primary = core.cluster.primary
+    if primary is not None:
+        seen = yield AwaitObservation(primary.name, core.clock(), core.settings.probe_timeout)
+        if seen is not None and not seen.in_recovery and seen.position is not None:
+            return Token([seen.position])
+    failures = {node.name: node.last_error or "not asked" for node in core.cluster.all_nodes}
+    raise NoNodeAvailableError(failures, "the primary's position cannot be had")

@@ -1,0 +1,48 @@
+"""
+Play seeds: ``python -m tests.simulation --seeds 5000``, or one again with ``--seed N --verbose``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections import Counter
+
+from tests.simulation.world import BUSY_SECONDS, play
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=1000, help="how many seeds to play")
+    parser.add_argument("--start", type=int, default=0, help="the first of them")
+    parser.add_argument("--seed", type=int, help="play this one only")
+    parser.add_argument("--seconds", type=float, default=BUSY_SECONDS, help="of virtual time")
+    parser.add_argument("--verbose", action="store_true", help="print what happens")
+    given = parser.parse_args()
+    seeds = [given.seed] if given.seed is not None else range(given.start, given.start + given.seeds)
+    counts: Counter[str] = Counter()
+    failed: list[int] = []
+    started = time.perf_counter()
+    for seed in seeds:
+        try:
+            counts += play(seed, seconds=given.seconds, verbose=given.verbose).counts
+        except Exception as error:
+            failed.append(seed)
+            if given.verbose or not isinstance(error, AssertionError):
+                traceback.print_exc()
+            print(f"{type(error).__name__}: {error}\n  replay: {replay_command(seed)}")
+    took = time.perf_counter() - started
+    for what, number in sorted(counts.items()):
+        print(f"{number:9d}  {what}")
+    print(f"{len(seeds)} seeds in {took:.1f} s, {len(seeds) / took:.1f} a second; failed: {failed}")
+    return 1 if failed else 0
+
+
+def replay_command(seed: int) -> str:
+    return f"python -m tests.simulation --seed {seed} --verbose"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
