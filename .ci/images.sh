@@ -22,7 +22,7 @@ readonly MAKE_SECONDS=300
 readonly DEBIAN=http://deb.debian.org/debian
 
 # What postgresql-19 needs of sid; installing the package whole would take far more.
-readonly LIBRARIES_19=libgssapi-krb5-2,libicu78,libldap2,liblz4-1,libnuma1,libpam0g,libpq5,\
+readonly LIBRARIES_19=libgssapi-krb5-2,libicu78,libldap2,liblz4-1,libnuma1,libpam0g,libpq5,libreadline8t64,\
 libselinux1,libssl3t64,libsystemd0,liburing2,libuuid1,libxml2-16,libxslt1.1,libzstd1,passwd,tzdata
 
 folder="${1:?usage: bash .ci/images.sh FOLDER}"

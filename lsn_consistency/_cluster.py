@@ -103,7 +103,7 @@ class Cluster:
         """
         with self.lock:
             if history is not None:
-                self.timelines.learn(server.system_id, history)
+                self.timelines.learn(server, history)
             self.nodes[name].follows(server, timeline)
 
     def wants_history(self, seen: Observation) -> bool:
@@ -161,7 +161,8 @@ class Cluster:
 
     def _elect(self) -> None:
         configured = self.nodes[PRIMARY_NAME].newest
-        if configured is not None:
+        if configured is not None and (configured.server.system_id or not self.system_id):
+            # A server that refuses its WAL functions does not tell its system.
             self._system_is_certain = True
             self._belong_to(configured.server.system_id)
         elif not self._system_is_certain and (conflict := self._two_systems()):
@@ -192,6 +193,7 @@ class Cluster:
         self.primary, elected = leaders[0]
         self._belong_to(elected.server.system_id)
         self.timeline = highest
+        self.timelines.lead(elected)
 
     def _two_systems(self) -> str | None:
         # Until the configured primary was seen once, only the agreement of all that answer can tell

@@ -31,6 +31,7 @@ from lsn_consistency._lineage import (
     Unprovable,
     is_abandoned,
     is_on_its_timeline,
+    named_timeline,
     primary_timeline,
     required_position,
 )
@@ -64,6 +65,8 @@ def decide(
     """
     Say what a read does next. ``random`` gives numbers from 0 up to 1, for the balance.
     """
+    if newer := _newer_timeline(cluster, read):
+        return newer
     if read.level == Consistency.STRONG or _is_pinned(read, unix_now):
         return _primary(cluster, read, Reason.PRIMARY_REQUIRED)
     if cluster.conflict is not None and read.level != Consistency.EVENTUAL:
@@ -73,8 +76,6 @@ def decide(
         required = required_position(cluster, read)
     except Unprovable as unprovable:
         return _primary(cluster, read, unprovable.reason, lost=unprovable.lost)
-    if required is not None and (newer := _newer_timeline(cluster, read, required)):
-        return newer
     return _among_replicas(cluster, read, required, (now, unix_now), random)
 
 
@@ -83,7 +84,8 @@ def admits(cluster: Cluster, read: Read, serve: Serve, seen: Observation, now: f
     Tell whether a connection may serve ``read``, its server having been observed so.
     """
     if serve.primary:
-        return cluster.is_primary(seen)
+        named = named_timeline(cluster, read.level, read.token)
+        return cluster.is_primary(seen) and (seen.timeline or 0) >= named
     if not seen.in_recovery or not _is_ours(cluster, seen, serve.required):
         return False
     if is_abandoned(cluster, read, seen):
@@ -109,18 +111,19 @@ def _is_past_pin(read: Read, candidate: _Candidate, unix_now: float) -> bool:
     return until is None or unix_now - candidate.lag_seconds >= until
 
 
-def _newer_timeline(cluster: Cluster, read: Read, required: Position) -> Verdict | None:
+def _newer_timeline(cluster: Cluster, read: Read) -> Verdict | None:
     # Somebody has seen a promotion that this process has not: the primary it knows is a former one.
-    known = primary_timeline(cluster, required)
-    if known >= required.timeline:
+    known = primary_timeline(cluster)
+    named = named_timeline(cluster, read.level, read.token)
+    if known is None or known >= named:
         return None
     if not read.refreshed:
         return Refresh(tuple(cluster.nodes))
     return Fail(
         NoNodeAvailableError(
             _failures(cluster),
-            f"the token is of timeline {required.timeline} and the primary that is known is on "
-            f"{known}: no node of the newer timeline was found",
+            f"the token is of timeline {named} and the primary that is known is on {known}: no "
+            "primary of the newer timeline was found",
         )
     )
 

@@ -152,7 +152,7 @@ class Run:
 
     ``lease`` is the connection that it got, ``ended`` how it ended, ``task`` what the driver may
     cancel. Between `begin` and `end` the function uses the connection, and another thread may
-    interrupt it.
+    interrupt it. A run that ``is_withdrawn`` does not begin.
     """
 
     def __init__(self, race: Race) -> None:
@@ -166,6 +166,8 @@ class Run:
         self._is_cut = False
         self._over = threading.Event()
         self._interrupted: threading.Event | None = None
+        self.is_withdrawn = False
+        self.has_begun = False
 
     @property
     def is_over(self) -> bool:
@@ -174,15 +176,23 @@ class Run:
         """
         return self._over.is_set()
 
+    def withdraw(self) -> bool:
+        """
+        Keep a run from beginning; False if it has begun. Its lease is the caller's then.
+        """
+        with self._lock:
+            self.is_withdrawn = not self.has_begun and not self._over.is_set()
+            return self.is_withdrawn
+
     def begin(self, conn: Any) -> bool:
         """
         Note that the function starts to use ``conn``; False if its answer would come too late.
         """
         with self._lock:
-            if self.race.is_decided:
+            if self.is_withdrawn or self.race.is_decided:
                 self._over.set()
                 return False
-            self._conn = conn
+            self._conn, self.has_begun = conn, True
             return True
 
     def end(self, seconds: float) -> bool:

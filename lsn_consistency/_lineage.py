@@ -7,6 +7,8 @@ are compared only where both are proven to be in one log.
 
 from __future__ import annotations
 
+from typing import Final
+
 from lsn_consistency._cluster import Cluster
 from lsn_consistency._nodes import Node
 from lsn_consistency._observation import Observation
@@ -14,6 +16,13 @@ from lsn_consistency._verdicts import Lost, Read
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.lsn import Position
 from lsn_consistency.route import Reason
+from lsn_consistency.tokens import Token
+
+UNKNOWN_SYSTEM: Final = 0
+"""The system of a server that refuses its WAL functions."""
+
+FOLLOW_SECONDS: Final = 0.02
+"""A standby needs longer than this to replay from a server that was promoted a moment ago."""
 
 
 class Unprovable(Exception):
@@ -28,12 +37,19 @@ class Unprovable(Exception):
 
 
 def required_position(cluster: Cluster, read: Read) -> Position | None:
+    """
+    Return what a replica has to reach for a read, on the timeline of today; None for nothing.
+
+    Raises `Unprovable` where that cannot be told, or where nobody has it.
+    """
     if not read.level.uses_token or not read.token.positions:
         return None
     if cluster.system_id is None:
         # The token itself says which system it is about, if it names only one.
         if len(read.token.positions) == 1:
             return next(iter(read.token.positions.values()))
+        raise Unprovable(Reason.NO_REPLICA)
+    if cluster.system_id == UNKNOWN_SYSTEM:
         raise Unprovable(Reason.NO_REPLICA)
     required = read.token.get(cluster.system_id)
     if required is None and read.token.is_full:
@@ -48,40 +64,65 @@ def required_position(cluster: Cluster, read: Read) -> Position | None:
     return _on_timeline(cluster, required)
 
 
+def lost_position(cluster: Cluster, held: Position, reached: Position) -> Lost | None:
+    """
+    Return what became of a held position if a primary, observed later, does not have it.
+
+    ``reached`` is the primary's position. None says that it has the held one, or may have it.
+    """
+    if held.timeline == reached.timeline:
+        # It crashed with asynchronous commits, or was restored from a backup.
+        lost = held.lsn > reached.lsn
+        return Lost(held, reached.timeline, reached.lsn) if lost else None
+    history = cluster.timelines.history(held.system_id, reached.timeline)
+    if held.timeline > reached.timeline or history.contains(held) is not False:
+        return None
+    return Lost(held, reached.timeline, history.switch_points.get(held.timeline))
+
+
 def _on_timeline(cluster: Cluster, required: Position) -> Position:
     # Log that two timelines share has the same LSNs on both, so a position that is proven to be in
     # the log of the newer one is reached there at the same LSN.
     timeline = cluster.timeline
-    history = cluster.timelines.history(required.system_id, timeline)
-    contained = history.contains(required)
-    if contained:
+    if cluster.timelines.contains(timeline, required):
         return required._replace(timeline=timeline)
-    lost = None
-    if contained is False:
-        lost = Lost(required, timeline, history.switch_points.get(required.timeline))
-    raise Unprovable(Reason.TIMELINE_CHANGED, lost)
+    start = required._replace(timeline=timeline)
+    raise Unprovable(Reason.TIMELINE_CHANGED, lost_position(cluster, required, start))
 
 
 def _beyond_the_end(cluster: Cluster, read: Read, required: Position) -> Lost | None:
-    # The token is older than the read. A primary that was asked since then and is not as far has
-    # lost it: it crashed with asynchronous commits, or was restored from a backup.
+    # The token is older than the read, so a primary that was asked since then has it or lost it.
     seen = cluster.primary.newest if cluster.primary else None
-    if seen is None or seen.lsn is None or not cluster.is_primary(seen):
+    if seen is None or seen.position is None or not cluster.is_primary(seen):
         return None
     if seen.timeline != required.timeline or seen.sent_at < read.began:
         return None
-    return Lost(required, required.timeline, seen.lsn) if seen.lsn < required.lsn else None
+    return lost_position(cluster, required, seen.position)
 
 
-def primary_timeline(cluster: Cluster, required: Position) -> int:
+def named_timeline(cluster: Cluster, level: Consistency, token: Token) -> int:
+    """
+    Return the timeline that a token proves to exist, as far as the level looks at tokens.
+    """
+    if not (level.uses_token or level == Consistency.STRONG) or cluster.system_id is None:
+        return 0
+    position = token.get(cluster.system_id)
+    return 0 if position is None else position.timeline
+
+
+def primary_timeline(cluster: Cluster) -> int | None:
+    """
+    Return the timeline of the primary that answers; None without one.
+    """
     seen = cluster.primary.newest if cluster.primary else None
-    if seen is None or seen.in_recovery or seen.timeline is None:
-        return required.timeline
-    return seen.timeline
+    return None if seen is None or seen.in_recovery else seen.timeline
 
 
 def is_abandoned(cluster: Cluster, read: Read, seen: Observation) -> bool:
-    # A replica that still follows the timeline before a promotion, whatever its LSN.
+    """
+    Tell whether a replica is on a timeline that a promotion has left behind.
+    """
+    # Whatever its LSN is.
     if read.level == Consistency.EVENTUAL or seen.timeline is None:
         return False
     return cluster.system_id == seen.server.system_id and seen.timeline < cluster.timeline
@@ -107,6 +148,6 @@ def is_on_its_timeline(cluster: Cluster, node: Node) -> bool:
     return all(
         each.newest is not None
         and each.newest.in_recovery
-        and each.newest.sent_at >= seen.received_at
+        and each.newest.sent_at >= seen.received_at - FOLLOW_SECONDS
         for each in others
     )

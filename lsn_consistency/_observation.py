@@ -49,7 +49,8 @@ class Observation:
     A standby's ``timeline`` is only a lower bound unless ``timeline_is_certain``. ``streaming``
     tells that it has a walreceiver. ``switch_point`` is where a server that is no standby any more
     ended its last recovery, whatever that recovery was for. ``transaction`` names the one in which
-    the server was identified.
+    the server was identified. The log up to ``lsn`` has gone beyond the beginning of
+    ``begun_timeline``, a lower bound of ``timeline``.
     """
 
     server: Server
@@ -67,6 +68,7 @@ class Observation:
     streaming: bool = False
     switch_point: Lsn | None = None
     transaction: str | None = None
+    begun_timeline: int | None = None
 
     @property
     def position(self) -> Position | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from lsn_consistency import _sql
 from lsn_consistency._connections import (
     READY_SECONDS,
     begin,
@@ -31,6 +32,7 @@ from lsn_consistency._steps import (
     AwaitPosition,
     AwaitTurn,
     Checkout,
+    Fetch,
     NodeFailure,
     Plan,
     Return,
@@ -91,8 +93,12 @@ def open_read(core: Core, session: Session, read: Read) -> Plan[Lease]:
         lease = yield from take(core, read, verdict)
         if lease is not None:
             _note(core, session, lease.route)
-            yield from _report_lost(core, session, lease)
-            lease.token = session.token
+            lease.token = _reissued(core, session, lease.node, lease.lost)
+            try:
+                _report_lost(core, lease.lost)
+            except LostWriteError:
+                yield from close_read(core, session, lease, interrupted=False)
+                raise
             return lease
     raise NoNodeAvailableError({}, f"no node served the read in {attempts} attempts")
 
@@ -114,37 +120,37 @@ def choose(core: Core, session: Session, read: Read) -> Plan[Route]:
     if route.reason is Reason.TIMELINE_CHANGED:
         _warn_unproven(core, verdict)
         # No read follows that would give the session a position on the new timeline.
-        yield from advance_past_primary(core, session, session.token, core.clock())
-    _raise_lost(core, verdict.lost)
+        held = _reissued(core, session, route.name, verdict.lost)
+        yield from advance_past_primary(core, session, held, core.clock())
+    _report_lost(core, verdict.lost)
     return route
 
 
-def _report_lost(core: Core, session: Session, lease: Lease) -> Plan[None]:
-    if lease.lost is None:
-        return
+def _reissued(core: Core, session: Session, name: str, lost: Lost | None) -> Token:
+    """
+    Replace what is lost by the primary's position, and return what still may be found lost.
+    """
+    if lost is None:
+        return session.token
     # Nobody waits for a lost position twice.
-    seen = core.cluster.nodes[lease.node].newest
-    if seen is not None and seen.bound_position is not None and core.cluster.is_primary(seen):
-        session.reissue(lease.lost.position, seen.bound_position)
-    try:
-        _raise_lost(core, lease.lost)
-    except LostWriteError:
-        lease.token = session.token
-        yield from close_read(core, session, lease, interrupted=False)
-        raise
+    seen = core.cluster.nodes[name].newest
+    if seen is None or seen.bound_position is None or not core.cluster.is_primary(seen):
+        return _NOTHING
+    session.reissue(lost.position, seen.bound_position)
+    return session.token
 
 
-def _warn_unproven(core: Core, serve: Serve) -> None:
-    if serve.reason is Reason.TIMELINE_CHANGED and serve.lost is None:
-        core.warn_history_unknown()
-
-
-def _raise_lost(core: Core, lost: Lost | None) -> None:
+def _report_lost(core: Core, lost: Lost | None) -> None:
     if lost is None:
         return
     core.emit(LostWrite(lost.position, lost.timeline, lost.switch_point))
     if core.settings.on_lost_write == "error":
         raise LostWriteError(lost.position, lost.switch_point)
+
+
+def _warn_unproven(core: Core, serve: Serve) -> None:
+    if serve.reason is Reason.TIMELINE_CHANGED and serve.lost is None:
+        core.warn_history_unknown()
 
 
 def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lease]:
@@ -218,7 +224,8 @@ def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -
     shares = node.in_flight > 1 and not node.hides_servers
     asks = not (interrupted or shares or lease.facts.pooled)
     seen = yield from _give_back(core, lease, lease.facts.identity if asks else None)
-    seen = seen or lease.seen
+    if lease.seen is not None:
+        seen = core.observed(lease.node, lease.seen)
     if interrupted:
         pin(core, session, "the read was interrupted")
         return
@@ -234,7 +241,7 @@ def _give_back(core: Core, lease: Lease, observed: Identity | None) -> Plan[Obse
     seen = None
     try:
         if observed is not None:
-            seen = yield from observe(lease.conn, observed)
+            seen = core.observed(lease.node, (yield from observe(lease.conn, observed)))
         yield from restore(core, lease.conn, lease.facts)
     except NodeFailure as failure:
         report(core, lease.node, failure)
@@ -318,6 +325,9 @@ def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts, Obs
         except BaseException:
             yield Return(name, conn)
             raise
+        if facts.pooled:
+            # Its pool would do the same, with a warning.
+            yield Fetch(conn, _sql.ROLLBACK)
         hides = serve.node.hides_servers
         yield Return(name, conn, discard=hides and core.may_recycle(seen))
         if not hides:

@@ -5,6 +5,7 @@ How a session comes to its position after a read or a write, and what it gets wh
 from __future__ import annotations
 
 from lsn_consistency._core import Core
+from lsn_consistency._lineage import lost_position
 from lsn_consistency._observation import Observation
 from lsn_consistency._steps import AwaitObservation, Plan
 from lsn_consistency.events import LostWrite, PositionUnknown
@@ -16,18 +17,21 @@ def advance_to(core: Core, session: Session, seen: Observation, held: Token) -> 
     """
     Advance the session to the bound of an observation; False if that is unknown.
 
-    ``held`` is a token from before the observation was made. Where a primary has not reached it,
-    it never will: then the session's position is replaced.
+    ``held`` is a token from before the observation was made. What of it a primary does not have is
+    reported, and what it has not reached, it never will: then the position is replaced.
     """
-    position = seen.bound_position
+    position = core.cluster.timelines.own_position(seen, seen.bound)
     if position is None:
         return False
     before = held.get(position.system_id)
-    if seen.in_recovery or before is None or before <= position:
+    if before is None or not core.cluster.is_primary(seen):
         session.advance(Token([position]))
-    elif before.timeline == position.timeline and core.cluster.is_primary(seen):
-        core.emit(LostWrite(before, position.timeline, position.lsn))
+        return True
+    if lost := lost_position(core.cluster, before, position):
+        core.emit(LostWrite(lost.position, lost.timeline, lost.switch_point))
         session.reissue(before, position)
+    else:
+        session.advance(Token([position]))
     return True
 
 
@@ -40,11 +44,13 @@ def advance_past_read(
     if seen is not None and advance_to(core, session, seen, held):
         return
     primary = core.cluster.primary
-    if seen is not None and seen.position is not None and (primary is None or primary.failures):
+    if seen is not None and (primary is None or primary.failures):
         # No walreceiver, so no bound, and no primary to ask: its standbys have lost it. To pin the
         # session to it would stop the session's reads; docs/limits.md says what this leaves open.
-        session.advance(Token([seen.position]))
-        return
+        position = core.cluster.timelines.own_position(seen, seen.lsn)
+        if position is not None:
+            session.advance(Token([position]))
+            return
     yield from advance_past_primary(core, session, held, started)
 
 

@@ -83,7 +83,9 @@ class TimelineSource:
                 self._conn = await self._connect(replication=True)
         plan = ask_timeline(self._conn, seen.server)
         timeline, history = await _wire.run_async(plan, core.settings.probe_timeout)
-        core.cluster.learn(self._name, seen.server, timeline, history)
+        # A standby's copy of a history may be of another leader with the same timeline.
+        known = None if seen.in_recovery else history
+        core.cluster.learn(self._name, seen.server, timeline, known)
         if seen.in_recovery:
             # The question came after the observation, so the position is in this timeline's log.
             certain = max(timeline, seen.timeline or 0)

@@ -186,28 +186,33 @@ def _raced(
     race = Race()
     first = race.enter()
     first.lease = lease
-    if not (yield Spawn(_run(core, session, first, work), first)):
-        return (yield from _alone(core, session, lease, work))
     try:
-        yield AwaitRace(race, hedging.after)
-        if not race.is_over:
-            asked = replace(read, excluded={*read.excluded, lease.node}, preferred=None)
-            yield from _ask_another(core, session, race, work, asked, hedging)
-        while not race.is_over:
-            yield AwaitRace(race, None)
+        has_room = yield Spawn(_run(core, session, first, work), first)
+        if has_room:
+            yield AwaitRace(race, hedging.after)
+            if not race.is_over:
+                asked = replace(read, excluded={*read.excluded, lease.node}, preferred=None)
+                yield from _ask_another(core, session, race, work, asked, hedging)
+            while not race.is_over:
+                yield AwaitRace(race, None)
     except BaseException:
         race.close()
-        if lease.level.advances_on_reads:
+        if first.withdraw():
+            race.leave(first)
+            yield from _drop(core, lease, clean=True)
+        elif lease.level.advances_on_reads:
             pin(core, session, "the read was interrupted")
         yield Spawn(_abandon(race.losers), None)
         raise
+    if not has_room:
+        return (yield from _alone(core, session, lease, work))
     if race.losers:
         yield Spawn(_abandon(race.losers), None)
     return _judged(core, session, race)
 
 
 def _judged(core: Core, session: Session, race: Race) -> Sequence[_Ran]:
-    ran = [run for run in race.runs if run.lease is not None]
+    ran = [run for run in race.runs if run.has_begun]
     winner = race.winner
     if len(ran) > 1:
         first, second = (run.lease.node for run in ran)
@@ -258,7 +263,8 @@ def _run(core: Core, session: Session, run: Run, work: Work) -> Plan[None]:
     lease: Lease = run.lease
     try:
         if not run.begin(lease.conn):
-            yield from _drop(core, lease, clean=True)
+            if not run.is_withdrawn:
+                yield from _drop(core, lease, clean=True)
             return
         run.ended = yield Call(lease.conn, work, last_look(lease), run)
         ended = run.ended

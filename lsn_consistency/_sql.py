@@ -72,6 +72,8 @@ WAL_FUNCTIONS_UNAVAILABLE: Final = frozenset({"0A000", "42501", "42883"})
 BEGIN_READ_COMMITTED: Final = b"begin isolation level read committed read only"
 """Behind a pooler, check and read share one transaction, whose every statement is fresh."""
 
+ROLLBACK: Final = b"rollback"
+
 IDENTIFY_SYSTEM: Final = b"IDENTIFY_SYSTEM"
 """Ask for the timeline on a replication connection: exact on standbys too."""
 
@@ -136,6 +138,7 @@ def read_observation(
         server=identity.server,
         in_recovery=in_recovery,
         timeline=_timeline(timeline, received if in_recovery else None),
+        begun_timeline=None if timeline is None else int(timeline),
         timeline_is_certain=not in_recovery or received is not None,
         streaming=in_recovery and streaming == "t",
         switch_point=None if switch is None else Lsn.parse(switch),

@@ -11,8 +11,10 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Final
 
-from lsn_consistency._observation import Observation
-from lsn_consistency.lsn import Position, TimelineHistory
+from lsn_consistency._observation import Observation, Server
+from lsn_consistency.lsn import Lsn, Position, TimelineHistory
+
+Place = tuple[int, str | None, int | None]
 
 MAX_HISTORIES: Final = 16
 FIRST_TIMELINE: Final = 1
@@ -20,13 +22,15 @@ FIRST_TIMELINE: Final = 1
 
 class Timelines:
     """
-    Keep the histories that are known, each by its system and timeline.
+    Keep the histories that are known, each by its system and timeline, and where they begin.
     """
 
-    __slots__ = ("_histories",)
+    __slots__ = ("_floors", "_histories", "_sources")
 
     def __init__(self) -> None:
         self._histories: dict[tuple[int, int], TimelineHistory] = {}
+        self._sources: dict[tuple[int, int], Place] = {}
+        self._floors: dict[tuple[int, int], Lsn] = {}
 
     def history(self, system_id: int, timeline: int) -> TimelineHistory:
         """
@@ -37,15 +41,51 @@ class Timelines:
             return known
         return TimelineHistory(timeline, MappingProxyType({}), timeline == FIRST_TIMELINE)
 
-    def learn(self, system_id: int, history: TimelineHistory) -> None:
+    def learn(self, server: Server, history: TimelineHistory) -> None:
         """
-        Take a history; one that is complete is never replaced by one that is not.
+        Take a history from a server; one that is complete is never replaced by one that is not.
         """
-        if self.history(system_id, history.timeline).complete and not history.complete:
+        key = (server.system_id, history.timeline)
+        if self.history(*key).complete and not history.complete:
             return
-        self._histories[system_id, history.timeline] = history
+        self._histories[key] = history
+        self._sources[key] = server.place
         while len(self._histories) > MAX_HISTORIES:
-            del self._histories[next(iter(self._histories))]
+            oldest = next(iter(self._histories))
+            del self._histories[oldest], self._sources[oldest]
+
+    def lead(self, seen: Observation) -> None:
+        """
+        Take an observation of the primary.
+
+        Where two servers were promoted without knowing of each other, both timelines have the same
+        number: the history that one gave says nothing of the other's.
+        """
+        if seen.timeline is None or seen.lsn is None:
+            return
+        key = (seen.server.system_id, seen.timeline)
+        if self._sources.get(key, seen.server.place) != seen.server.place:
+            for known in (self._histories, self._sources, self._floors):
+                known.pop(key, None)
+        self._floors.setdefault(key, seen.lsn)
+        while len(self._floors) > MAX_HISTORIES:
+            del self._floors[next(iter(self._floors))]
+
+    def own_position(self, seen: Observation, lsn: Lsn | None) -> Position | None:
+        """
+        Return a position at or after ``lsn`` in the own part of the observed timeline, or None.
+
+        A standby that follows a timeline can still be in the part that it shares with an earlier
+        one. Its position there, named by the later timeline, would stand for less than positions
+        of the earlier one that are beyond it.
+        """
+        if lsn is None or seen.timeline is None:
+            return None
+        position = Position(seen.server.system_id, seen.timeline, lsn)
+        if seen.timeline in (FIRST_TIMELINE, seen.begun_timeline):
+            return position
+        floor = self._floors.get((position.system_id, position.timeline))
+        return None if floor is None else position._replace(lsn=max(lsn, floor))
 
     def watch(self, before: Observation, after: Observation) -> None:
         """
@@ -58,14 +98,16 @@ class Timelines:
         """
         if not before.in_recovery or after.in_recovery or before.server != after.server:
             return
+        if before.pooled or after.pooled:
+            # A pooler's connection outlives a restart as well.
+            return
         if before.timeline is None or after.timeline is None or after.switch_point is None:
             return
         # The server may have followed further timelines after the first observation, all of them
         # below the new one: only without a number in between is the ancestor certain.
         if after.timeline == before.timeline + 1:
-            system_id = after.server.system_id
-            parent = self.history(system_id, before.timeline)
-            self.learn(system_id, parent.continued(after.timeline, after.switch_point))
+            parent = self.history(after.server.system_id, before.timeline)
+            self.learn(after.server, parent.continued(after.timeline, after.switch_point))
 
     def contains(self, timeline: int, position: Position) -> bool | None:
         """

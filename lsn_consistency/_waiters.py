@@ -164,8 +164,11 @@ class PositionQueue:
                 heapq.heapify(kept)
                 heaps[key] = kept
         self._heaps = heaps
-        furthest = {key: max(heap) for key, heap in heaps.items()}
-        self._furthest = {key: (entry[0], entry[2]) for key, entry in furthest.items()}
+        self._furthest = {
+            key: max((lsn, since) for lsn, _, since, _ in heap if since < math.inf)
+            for key, heap in heaps.items()
+            if any(since < math.inf for _, _, since, _ in heap)
+        }
         self._size = sum(map(len, heaps.values()))
 
 

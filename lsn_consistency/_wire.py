@@ -130,14 +130,20 @@ def ended(conn: Any, error: BaseException) -> Ended:
     return Ended(None, error, state, lost=says_so and bool(conn.broken), clean=is_idle(conn))
 
 
+def can_cancel() -> bool:
+    """
+    Tell whether a request to cancel has a time limit: before libpq 17 it hangs with its server.
+    """
+    return capabilities.has_cancel_safe()
+
+
 def cancel(conn: Any, seconds: float) -> bool:
     """
     Have the server cancel what a connection runs; False if it did not say within ``seconds``.
 
-    Safe from another thread than the one that uses the connection. Before libpq 17 a request to
-    cancel may hang with its server, so none is made.
+    Safe from another thread than the one that uses the connection.
     """
-    if not capabilities.has_cancel_safe():
+    if not can_cancel():
         return False
     try:
         conn.cancel_safe(timeout=seconds)

@@ -146,8 +146,12 @@ class Threads(Workers):
         if heard and run.wait(CANCEL_SECONDS):
             return
         with run.cutting() as conn:
-            if conn is not None:
-                _wire.cut(conn)
+            if conn is None:
+                return
+            if heard:
+                # It has gone on with another statement, which would not notice the cut.
+                _wire.cancel(conn, CANCEL_SECONDS)
+            _wire.cut(conn)
 
 
 class Tasks(Workers):
@@ -210,16 +214,22 @@ class Tasks(Workers):
 
     async def _abandon(self, step: Abandon) -> None:
         run = step.run
-        if not run.is_over:
-            run.task.cancel()
-        if await _has_ended(run.task):
+        if run.task is None:
             return
+        # psycopg answers a cancellation by a request of its own, and waits for the statement's end.
+        # It stops waiting at the second one; so does a function that has suppressed the first.
+        gently = 2 if _wire.can_cancel() or not run.has_begun else 0
+        for _ in range(gently):
+            if not run.is_over:
+                run.task.cancel()
+            if await _has_ended(run.task):
+                return
         with run.cutting() as conn:
             if conn is not None:
                 _wire.cut(conn)
-                # psycopg may still wait for an answer to its own request to cancel.
-                run.task.cancel()
-        await _has_ended(run.task)
+        if not await _has_ended(run.task) and not run.is_over:
+            run.task.cancel()
+            await _has_ended(run.task)
 
 
 async def _has_ended(task: asyncio.Task[None]) -> bool:

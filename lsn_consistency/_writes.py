@@ -13,12 +13,13 @@ from lsn_consistency._connections import (
 )
 from lsn_consistency._core import Core
 from lsn_consistency._decision import no_primary
+from lsn_consistency._lineage import named_timeline, primary_timeline
 from lsn_consistency._observation import Observation
 from lsn_consistency._plans import CONNECTIONS_TRIED, Lease
 from lsn_consistency._positions import advance_past_primary, advance_to, or_pinned, pin
 from lsn_consistency._steps import AwaitObservation, Checkout, NodeFailure, Plan, Return, observe
 from lsn_consistency._verdicts import Serve
-from lsn_consistency.consistency import effective
+from lsn_consistency.consistency import Consistency, effective
 from lsn_consistency.exceptions import NoNodeAvailableError
 from lsn_consistency.route import Reason, Route
 from lsn_consistency.session import Session
@@ -29,13 +30,16 @@ def open_write(core: Core, session: Session) -> Plan[Lease]:
     """
     Take a connection of the primary.
 
-    Raises the driver's own error, or `NoNodeAvailableError` when no node is the primary.
+    Raises the driver's own error, or `NoNodeAvailableError` when no node is the primary, or only a
+    former one whose timeline is below that of the session's token.
     """
     session.accessed = True
-    if core.cluster.primary is None:
-        yield from look_again(core, tuple(core.cluster.nodes))
+    cluster = core.cluster
+    named = named_timeline(cluster, Consistency.STRONG, session.token)
+    if cluster.primary is None or (primary_timeline(cluster) or named) < named:
+        yield from look_again(core, tuple(cluster.nodes))
     for _ in range(CONNECTIONS_TRIED):
-        primary = core.cluster.primary
+        primary = cluster.primary
         if primary is None:
             break
         serve = Serve(primary, Reason.PRIMARY_REQUIRED, primary=True)
@@ -44,7 +48,7 @@ def open_write(core: Core, session: Session) -> Plan[Lease]:
             conn = yield Checkout(primary.name, timeout, core.settings.connect_timeout)
             try:
                 facts, seen = yield from look(core, None, serve, conn)
-                if core.cluster.is_primary(seen):
+                if cluster.is_primary(seen) and (seen.timeline or 0) >= named:
                     yield from make_writable(conn, facts)
                     route = Route(primary.name, "primary", Reason.PRIMARY_REQUIRED)
                     level = effective(None, core.settings.consistency)
@@ -56,8 +60,11 @@ def open_write(core: Core, session: Session) -> Plan[Lease]:
         except NodeFailure as failure:
             report(core, primary.name, failure)
             raise failure.cause from None
-    failures = {node.name: node.last_error or "is a standby" for node in core.cluster.all_nodes}
-    raise NoNodeAvailableError(failures, no_primary(core.cluster))
+    failures = {node.name: node.last_error or "is a standby" for node in cluster.all_nodes}
+    known = primary_timeline(cluster)
+    if known is not None and known < named:
+        raise NoNodeAvailableError(failures, f"no primary of timeline {named}, only of {known}")
+    raise NoNodeAvailableError(failures, no_primary(cluster))
 
 
 def close_write(core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:

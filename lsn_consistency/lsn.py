@@ -123,10 +123,11 @@ class TimelineHistory:
 
         A line is an ancestor, the LSN at which it was left, and a reason; empty lines and those
         that begin with ``#`` count for nothing (`readTimeLineHistory` in PostgreSQL's timeline.c).
-        Raises `ValueError` for anything else, `InvalidLsnError` (one too) for an LSN.
+        Raises `ValueError` for anything else and where no ancestor is named, `InvalidLsnError`
+        (a `ValueError` too) for an LSN.
         """
         switch_points: dict[int, Lsn] = {}
-        for line in text.splitlines():
+        for line in text.split("\n"):
             fields = line.split(maxsplit=2)
             if not fields or fields[0].startswith("#"):
                 continue
@@ -138,17 +139,16 @@ class TimelineHistory:
                     f"the history of timeline {timeline} names {ancestor} out of order"
                 )
             switch_points[ancestor] = Lsn.parse(fields[1])
-        return cls(timeline, MappingProxyType(switch_points))
+        if not switch_points:
+            raise ValueError(f"the history of timeline {timeline} names no ancestor")
+        return cls(timeline, MappingProxyType(_clamped(switch_points)))
 
     def continued(self, timeline: int, switch_point: Lsn) -> TimelineHistory:
         """
         Return the history of a timeline that left this one at ``switch_point``.
         """
-        # An earlier ancestor cannot reach beyond the place where its descendant was left.
-        earlier = {each: min(end, switch_point) for each, end in self.switch_points.items()}
-        return TimelineHistory(
-            timeline, MappingProxyType({**earlier, self.timeline: switch_point}), self.complete
-        )
+        switch_points = _clamped({**self.switch_points, self.timeline: switch_point})
+        return TimelineHistory(timeline, MappingProxyType(switch_points), self.complete)
 
     def contains(self, position: Position) -> bool | None:
         """
@@ -163,6 +163,17 @@ class TimelineHistory:
         if end is not None:
             return position.lsn <= end
         return False if self.complete or position.timeline > self.timeline else None
+
+
+def _clamped(switch_points: Mapping[int, Lsn]) -> dict[int, Lsn]:
+    # A standby can be promoted while its replay is still on the log before an earlier switch point
+    # that it knows of already. So no ancestor's part reaches beyond the end of its descendants'.
+    clamped: dict[int, Lsn] = {}
+    end = Lsn(_MAX_UINT64)
+    for timeline in sorted(switch_points, reverse=True):
+        end = min(end, switch_points[timeline])
+        clamped[timeline] = end
+    return dict(sorted(clamped.items()))
 
 
 def unsigned_system_id(system_id: int) -> int:

@@ -305,7 +305,7 @@ def test_a_read_that_a_promotion_overtakes_runs_on_the_new_primary(
 
     def promoted(conn: Connection) -> None:
         pg.primary.stop("immediate")
-        nodes[conn.port].promote()  # type: ignore[attr-defined]
+        nodes[conn.port].promote()
         conn.execute("CREATE TABLE never (id int)")
 
     with opened(poll_interval=30.0, max_lag_seconds=120.0, pin_seconds=120.0) as app:
@@ -325,7 +325,7 @@ def test_a_statement_for_standbys_runs_elsewhere_when_its_node_is_promoted(
 
     def promoted(conn: Connection) -> None:
         pg.primary.stop("immediate")
-        nodes[conn.port].promote()  # type: ignore[attr-defined]
+        nodes[conn.port].promote()
         conn.execute("SELECT pg_is_wal_replay_paused()")
 
     with opened() as app:

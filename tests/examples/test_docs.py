@@ -30,7 +30,7 @@ from lsn_consistency import (
     exceptions,
 )
 from lsn_consistency._settings import RouterOptions, Settings
-from lsn_consistency.testing import EmbeddedCluster, Node, Replica
+from lsn_consistency.testing import EmbeddedCluster, Node, Replica, TcpProxy
 from tests.examples.documents import (
     DOCUMENTS,
     ROOT,
@@ -281,8 +281,13 @@ def test_public_names() -> None:
 def test_testing_kit_faults() -> None:
     """Every fault that docs/testing.md lists exists."""
     text = (ROOT / "docs" / "testing.md").read_text("utf-8")
-    owners: dict[str, Any] = {"replica": Replica, "node": Node, "pg": EmbeddedCluster}
-    found = re.findall(r"`(replica|node|pg)\.(\w+)", text)
+    owners: dict[str, Any] = {
+        "replica": Replica,
+        "node": Node,
+        "pg": EmbeddedCluster,
+        "proxy": TcpProxy,
+    }
+    found = re.findall(r"`(replica|node|pg|proxy)\.(\w+)", text)
     assert found
     assert [] == [f"{owner}.{name}" for owner, name in found if not has(owners[owner], name)]
 

@@ -120,6 +120,18 @@ def test_users_tests(tmp_path: Path) -> None:
     assert "2 passed" in python(tmp_path, "run.py", script)
 
 
+def test_kit_without_pytest() -> None:
+    """Every block of docs/testing.md that makes an embedded cluster runs as it stands there."""
+    found = [
+        each
+        for each in python_blocks(ROOT / "docs" / "testing.md")
+        if "with EmbeddedCluster(" in each.text
+    ]
+    assert found
+    for block in found:
+        exec(block.text, {})
+
+
 def test_token_format() -> None:
     """The example of a token text is one."""
     for block in python_blocks(ROOT / "docs" / "token-format.md"):

@@ -72,19 +72,30 @@ class Control:
         """
         Lend a connection to a node; after an error it is closed.
         """
-        idle = self._idle[node]
-        conn = idle.pop() if idle else await self._connect(node)
+        conn = await self._alive(node) or await psycopg.AsyncConnection.connect(
+            self._conninfos[node], autocommit=True, connect_timeout=CONNECT_SECONDS
+        )
         try:
             yield conn
         except BaseException:
             await conn.close()
             raise
-        idle.append(conn)
+        self._idle[node].append(conn)
 
-    async def _connect(self, node: str) -> Connection:
-        return await psycopg.AsyncConnection.connect(
-            self._conninfos[node], autocommit=True, connect_timeout=CONNECT_SECONDS
-        )
+    async def _alive(self, node: str) -> Connection | None:
+        """
+        Return a connection that is not in use and still works, as the check of a pool does.
+        """
+        idle = self._idle[node]
+        while idle:
+            conn = idle.pop()
+            try:
+                await conn.execute("")
+            except psycopg.OperationalError:
+                await conn.close()
+            else:
+                return conn
+        return None
 
     async def aclose(self) -> None:
         """

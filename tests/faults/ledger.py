@@ -8,13 +8,13 @@ and at the end of a run. This module is pure: it is given the values that are th
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from lsn_consistency.testing.checker import Operation
-from tests.faults.kinds import Loss
 from tests.faults.nemesis import Episode
 
 LOOK_BACK_SECONDS = 120.0
@@ -48,6 +48,7 @@ class Ledger:
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     _revenants: dict[int, Operation] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def write(self, operation: Operation, *, asynchronous: bool) -> None:
         """
@@ -56,9 +57,10 @@ class Ledger:
         entry = Entry(
             operation.began, operation.ended, operation.outcome, asynchronous, operation.node
         )
-        for values in operation.values.values():
-            for value in values:
-                self.entries[value] = entry
+        with self._lock:
+            for values in operation.values.values():
+                for value in values:
+                    self.entries[value] = entry
 
     def read(self, operation: Operation) -> None:
         """
@@ -73,11 +75,8 @@ class Ledger:
         """
         Return a value below all those that a loss at ``time`` can concern.
         """
-        recent = [
-            value
-            for value, entry in list(self.entries.items())
-            if entry.ended > time - LOOK_BACK_SECONDS
-        ]
+        oldest = time - LOOK_BACK_SECONDS
+        recent = (value for value, entry in self._written() if entry.ended > oldest)
         return min(recent, default=1) - 1
 
     def census(
@@ -88,26 +87,31 @@ class Ledger:
 
         ``episode`` is the fault that may have lost some; without one nothing may be missing.
         """
-        for value, entry in list(self.entries.items()):
-            if value <= after or entry.ended >= before or value in self.lost:
-                continue
-            if value in present:
-                if entry.outcome == "failed":
-                    self.problems.append(f"phantom: {value} is there and its write failed: {entry}")
-            elif entry.outcome != "failed":
-                self._missing(value, entry, before, episode)
+        missing = {
+            value: entry
+            for value, entry in self._written()
+            if after < value and entry.ended < before and entry.outcome != "failed"
+            if value not in present and value not in self.lost
+        }
+        for value, entry in missing.items():
+            if entry.outcome == "ok":
+                self._acknowledged(value, entry, episode)
+        # A new dictionary, since readers of the old one are in another thread.
+        self.lost = {**self.lost, **dict.fromkeys(missing, before)}
 
-    def _missing(self, value: int, entry: Entry, before: float, episode: Episode | None) -> None:
-        if entry.outcome == "ok":
-            loses: Loss = episode.loses if episode else "nothing"
-            told = f"{value} is missing after {episode.name if episode else 'the end'}: {entry}"
-            if not episode or not _is_excused(entry, episode):
-                self.problems.append(f"lost: {told}")
-            elif entry.node == episode.deposed and entry.began > episode.broken:
-                self.problems.append(f"accepted by a deposed primary: {told}")
-            else:
-                self.counts["acknowledged" if episode.deposed else loses] += 1
-        self.lost[value] = before
+    def _written(self) -> list[tuple[int, Entry]]:
+        # A census is taken in the thread of the nemesis, while the clients go on writing.
+        with self._lock:
+            return list(self.entries.items())
+
+    def _acknowledged(self, value: int, entry: Entry, episode: Episode | None) -> None:
+        told = f"{value} is missing after {episode.name if episode else 'the end'}: {entry}"
+        if not episode or not _is_excused(entry, episode):
+            self.problems.append(f"lost: {told}")
+        elif entry.node == episode.deposed and entry.began > episode.broken:
+            self.problems.append(f"accepted by a deposed primary: {told}")
+        else:
+            self.counts[episode.loses] += 1
 
     def close(self, present: Set[int]) -> None:
         """
@@ -117,6 +121,9 @@ class Ledger:
         there at the end was not lost.
         """
         self.census(present, after=0, before=math.inf)
+        for value, entry in self._written():
+            if entry.outcome == "failed" and value in present:
+                self.problems.append(f"phantom: {value} is there and its write failed: {entry}")
         for value, operation in self._revenants.items():
             if value not in present:
                 self.problems.append(f"abandoned: {value} was lost and is shown by {operation}")

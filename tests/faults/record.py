@@ -17,7 +17,8 @@ from typing import Final, NamedTuple
 
 from lsn_consistency import Lsn
 from lsn_consistency.testing.checker import Operation, Violation, check
-from tests.faults.clients import KEYS, Sample
+from tests.faults.attempts import Sample
+from tests.faults.clients import KEYS
 from tests.faults.ledger import Ledger
 from tests.faults.nemesis import Episode, Phase
 from tests.faults.tally import Tally
@@ -140,7 +141,7 @@ class Record:
         self.tallies[name].add(sample, self.episode, active=active)
         self.from_replica_to_primary += sample.from_replica
         if operation.kind == "write":
-            self.ledger.write(operation, asynchronous=sample.profile.asynchronous)
+            self.ledger.write(operation, asynchronous=sample.asynchronous)
             return
         self.ledger.read(operation)
         position = sample.position

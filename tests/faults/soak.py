@@ -148,7 +148,7 @@ class _Run:
                 self._generation,
                 self._record.note,
                 self._stopping,
-                hedge_after=HEDGE_AFTER,
+                HEDGE_AFTER,
             )
             clients = [Client(number, settings) for number in range(options.clients)]
             tasks = [asyncio.create_task(client.run()) for client in clients]

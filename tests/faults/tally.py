@@ -7,28 +7,30 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from lsn_consistency import Position
-from tests.faults.clients import Sample
+from tests.faults.attempts import Sample
 from tests.faults.kinds import KINDS
 from tests.faults.nemesis import Episode
+
+SAMPLE_SECONDS: Final = 1.0
+"""So far apart the router's samples of the primary may be, on a machine with much to do."""
 
 
 class Unanswered(NamedTuple):
     """
     A read that raised, or took longer than its client allows.
 
-    ``pinned`` tells that its session was bound to the primary, because the position of a write or
+    Until ``pinned_until`` its session was bound to the primary, because the position of a write or
     of an interrupted read is not known; ``position`` is what the session asked for.
     """
 
     episode: Episode | None
-    profile: str
     level: str
     began: float
     ended: float
-    pinned: bool
+    pinned_until: float
     position: Position | None
     error: str
 
@@ -38,16 +40,20 @@ class Unanswered(NamedTuple):
         Return why no server that was left could have kept the promise of this read.
 
         Only a fault of the primary is one, and only until the primary is there again: a replica
-        must not answer a session that is pinned, nor one that is ahead of every replica, and
-        without a primary nothing says how old a replica is.
+        must not answer a strong read, a session that is pinned, or one that is ahead of every
+        replica, and without a primary nothing says how old a replica is.
         """
         episode = self.episode
         if episode is None or self.began > episode.healed:
             return None
         if all(KINDS[fault.kind].scope == "replica" for fault in episode.faults):
             return None
-        if self.pinned:
+        # After its end a pin is served by a replica that shows something later, which is known from
+        # samples of the primary.
+        if self.pinned_until > min(self.began, episode.began - SAMPLE_SECONDS):
             return "pinned to the primary"
+        if self.level == "strong":
+            return "strong"
         if self.level.startswith("bounded"):
             return "no primary to bound the lag by"
         if self.position and episode.reached and self.position.lsn > episode.reached:
@@ -56,8 +62,9 @@ class Unanswered(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.profile}, {self.ended - self.began:.2f} s, "
-            f"{'pinned, ' if self.pinned else ''}{self._when()}, at {self._where()}: {self.error}"
+            f"{self.level}, {self.ended - self.began:.2f} s, "
+            f"pin {self.pinned_until - self.began:+.2f}, {self._when()}, "
+            f"at {self._where()}: {self.error}"
         )
 
     def _when(self) -> str:
@@ -135,11 +142,10 @@ class Tally:
             self.unanswered.append(
                 Unanswered(
                     episode,
-                    sample.profile.name,
-                    str(sample.profile.level),
+                    sample.level,
                     operation.began,
                     operation.ended,
-                    sample.pinned,
+                    sample.pinned_until,
                     sample.position,
                     f"{type(sample.error).__name__}: {sample.error}",
                 )

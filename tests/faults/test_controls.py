@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import count
@@ -43,11 +43,12 @@ CAUGHT = 10
 REPLICA_READS = 100
 """This many reads of the library that replicas served prove something."""
 
-PATIENT: dict[str, Any] = {"clients": 40, "think_seconds": 0.5, "session_length": 100}
-"""Clients that pause for long enough to have done nothing while a server crashed."""
+MANY: dict[str, Any] = {"clients": 30, "think_seconds": 0.1, "session_length": 100}
+"""Many clients whose sessions outlive a crash."""
 
+PAST_SECONDS = 10.0
 LIMIT_SECONDS = 60.0
-ROUND_SECONDS = 0.3
+ROUND_SECONDS = 0.5
 SEED = 20
 
 Fault = Callable[[EmbeddedCluster], object]
@@ -88,16 +89,17 @@ def judge(
     kind: type[Control],
     *,
     options: str = "",
-    fault: Fault | None = None,
+    faults: Sequence[Fault] = (),
     enough: int = CAUGHT,
     **choices: Any,
 ) -> Verdict:
     """
     Run a control and the library until the control is caught and replicas have served both.
 
-    ``options`` are settings of the clients' connections. ``fault`` comes again and again, while
-    the clients run. ``enough`` is the number of violations at which the control is caught,
-    ``choices`` are options of the `Workload`.
+    ``options`` are settings of the clients' connections, ``choices`` options of the `Workload`.
+    ``faults`` come in turn, again and again; meanwhile the clients of the control think, so that
+    it is judged by what they see afterwards, and those of the library go on. ``enough`` is the
+    number of violations at which the control is caught.
     """
     nodes = {name: node.conninfo_for("app", options=options) for name, node in pg.nodes.items()}
     primary = nodes.pop("primary")
@@ -109,7 +111,7 @@ def judge(
             wrong = Workload(control, f"control {number}", seed=SEED, **choices)
             right = Workload(Library(router), f"library {number}", seed=SEED, **choices)
             async with wrong.running(), right.running():
-                await _until_caught(pg, wrong, right, fault, enough)
+                await _until_caught(pg, wrong, right, faults, enough)
             replica_reads = right.served_by("replica")
             return Verdict(
                 check(wrong.history), check(right.history), replica_reads, right.unanswered
@@ -119,15 +121,17 @@ def judge(
 
 
 async def _until_caught(
-    pg: EmbeddedCluster, wrong: Workload, right: Workload, fault: Fault | None, enough: int
+    pg: EmbeddedCluster, wrong: Workload, right: Workload, faults: Sequence[Fault], enough: int
 ) -> None:
     ends = time.monotonic() + LIMIT_SECONDS
-    while time.monotonic() < ends:
+    for turn in count():
         await asyncio.sleep(ROUND_SECONDS)
-        if fault is not None:
-            await asyncio.to_thread(fault, pg)
+        if faults:
+            async with wrong.held():
+                await asyncio.to_thread(faults[turn % len(faults)], pg)
         caught = len(check(wrong.history).violations) >= enough
-        if caught and min(map(_replica_reads, (wrong, right))) >= REPLICA_READS:
+        served = min(map(_replica_reads, (wrong, right))) >= REPLICA_READS
+        if (caught and served and turn) or time.monotonic() > ends:
             return
 
 
@@ -167,7 +171,7 @@ def test_positions_compared_as_text_are_caught(pg: EmbeddedCluster) -> None:
 
 def test_observations_trusted_over_a_crash_are_caught(pg: EmbeddedCluster) -> None:
     """A replica comes back from a crash in the past, and what it had shown says nothing then."""
-    verdict = judge(pg, TrustedObservations, fault=_crash, **PATIENT)
+    verdict = judge(pg, TrustedObservations, faults=CRASHES, **MANY)
     verdict.assert_caught("monotonic_reads")
 
 
@@ -180,9 +184,9 @@ def test_it_is_the_mistake_that_is_caught(pg: EmbeddedCluster, fault: str) -> No
         pg,
         TokenRouter,
         options=ASYNCHRONOUS if fault == "asynchronous" else "",
-        fault=_crash if fault == "crash" else None,
+        faults=CRASHES if fault == "crash" else (),
         enough=0,
-        **(PATIENT if fault == "crash" else {}),
+        **(MANY if fault == "crash" else {}),
     )
     assert verdict.control.ok, str(verdict.control)
     verdict.assert_library()
@@ -202,11 +206,25 @@ def _switch_until(pg: EmbeddedCluster, lsn: Lsn) -> None:
     pg.wait_caught_up()
 
 
-def _crash(pg: EmbeddedCluster) -> None:
+def _crash_into_the_past(pg: EmbeddedCluster) -> None:
     """
-    Let a replica come back from a crash in the past, and catch up.
+    Let a replica come back from a crash without what it applied in the last seconds.
+
+    The delay does nothing to what it has applied already, but it does after the crash, when the
+    replica applies that again.
     """
     replica = pg.replicas["replica_1"]
+    replica.apply_delay(PAST_SECONDS)
     replica.crash()
     replica.start()
+
+
+def _catch_up(pg: EmbeddedCluster) -> None:
+    """
+    Let that replica apply everything.
+    """
+    pg.replicas["replica_1"].apply_delay(0)
     pg.wait_caught_up()
+
+
+CRASHES: Sequence[Fault] = (_crash_into_the_past, _catch_up)

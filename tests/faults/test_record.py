@@ -4,6 +4,7 @@ What the nemesis run is made of, without servers: schedule, ledger, windows and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -259,11 +260,10 @@ def test_the_percentile_is_of_the_answered_reads() -> None:
 
 UNANSWERED = Unanswered(
     episode=None,
-    profile="causal",
     level="causal",
     began=3.5,
     ended=4.5,
-    pinned=False,
+    pinned_until=-math.inf,
     position=Position.of(1, 1, Lsn.parse("0/6000")),
     error="",
 )
@@ -273,7 +273,10 @@ UNANSWERED = Unanswered(
     ("change", "excuse"),
     [
         ({}, None),
-        ({"pinned": True}, "pinned to the primary"),
+        ({"pinned_until": 3.6}, "pinned to the primary"),
+        ({"pinned_until": 2.1}, "pinned to the primary"),
+        ({"pinned_until": 1.9}, None),
+        ({"level": "strong"}, "strong"),
         ({"level": "bounded(1)"}, "no primary to bound the lag by"),
         ({"position": Position.of(1, 1, Lsn.parse("0/6001"))}, "ahead of every replica"),
         ({"position": None}, None),

@@ -158,6 +158,23 @@ def test_operations_of_a_session_overlap() -> None:
     assert len(overlapping) > 10
 
 
+def test_clients_that_are_held_do_nothing() -> None:
+    """While they are held nothing is under way, and afterwards they go on."""
+    workload = Workload(Store(), clients=3, think_seconds=1e-4)
+
+    async def running() -> None:
+        async with asyncio.timeout(30), workload.running():
+            for _ in range(20):
+                async with workload.held():
+                    before = len(workload.history)
+                    await asyncio.sleep(0.005)
+                    assert before == len(workload.history)
+                while len(workload.history) == before:
+                    await asyncio.sleep(0.001)
+
+    asyncio.run(running())
+
+
 def test_a_read_that_is_not_answered_in_time_is_a_failed_one() -> None:
     """The clients' own limit ends it, and it is counted."""
     began = time.monotonic()

@@ -190,6 +190,9 @@ class Workload:
     write_seconds: float = 10.0
     history: list[Operation] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
+    _gate: asyncio.Event = field(default_factory=asyncio.Event)
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    _under_way: int = 0
     _values: count[int] = field(default_factory=lambda: count(1))
     _written: int = 0
     _known: dict[frozenset[Hashable], frozenset[Hashable]] = field(default_factory=dict)
@@ -200,6 +203,8 @@ class Workload:
         Run the clients for the time of the block; operations under way at its end are finished.
         """
         ending = asyncio.Event()
+        self._gate.set()
+        self._idle.set()
         async with asyncio.TaskGroup() as group:
             for number in range(self.clients):
                 group.create_task(self._client(number, ending), name=f"client {number}")
@@ -207,6 +212,18 @@ class Workload:
                 yield
             finally:
                 ending.set()
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """
+        Let no client do anything for the time of the block, as if all of them were thinking.
+        """
+        self._gate.clear()
+        try:
+            await self._idle.wait()
+            yield
+        finally:
+            self._gate.set()
 
     @property
     def reads(self) -> int:
@@ -253,6 +270,7 @@ class Workload:
         Do one thing, or two at once.
         """
         await asyncio.sleep(random.expovariate(1 / self.think_seconds))
+        await self._gate.wait()
         steps = []
         for _ in range(2 if random.random() < self.overlap_share else 1):
             if random.random() < self.write_share:
@@ -261,7 +279,15 @@ class Workload:
             else:
                 keys = random.sample(range(self.keys), min(self.keys, self.keys_per_read))
                 steps.append(self._read(client, name, keys))
-        if not all(await asyncio.gather(*steps)):
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            done = await asyncio.gather(*steps)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+        if not all(done):
             await asyncio.sleep(BACK_OFF_SECONDS)
 
     async def _write(self, client: Client, name: str, numbers: Sequence[int]) -> bool:

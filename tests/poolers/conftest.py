@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,7 @@ from lsn_consistency.testing.pytest_plugin import REQUIRE_VARIABLE
 
 # Fixtures of the cluster tests are fixtures here as well.
 from tests.cluster.conftest import _healed, kind, pg, table
-from tests.cluster.harness import Kind
+from tests.cluster.harness import App, Kind
 from tests.poolers.pgbouncer import SETTINGS, OpenThrough, open_through
 
 __all__ = ["_healed", "kind", "pg", "table"]
@@ -60,7 +62,7 @@ def pooler(mode: PoolMode, pg: EmbeddedCluster) -> Iterator[PgBouncer]:
 def through(kind: Kind, pg: EmbeddedCluster, pooler: PgBouncer) -> OpenThrough:
     """Offer `open_through` for this kind of router, the session's cluster and its pooler."""
 
-    def opened(*pooled: str, **options: object) -> object:
+    def opened(*pooled: str, **options: Any) -> AbstractContextManager[App]:
         return open_through(kind, pg, pooler, pooled or tuple(pg.nodes), **options)
 
-    return opened  # type: ignore[return-value]
+    return opened

@@ -17,8 +17,8 @@ SETTINGS: Mapping[str, str] = {
     "default_pool_size": "20",
 }
 
-UNPREPARED: Mapping[str, Any] = {"kwargs": {"prepare_threshold": None}}
-"""What PgBouncer before 1.21 needs in transaction mode."""
+SILENT: dict[str, Any] = {"poll_interval": 300.0, "max_lag_seconds": 3000.0, "pin_seconds": 3000.0}
+"""Monitors that say nothing unless they are asked: they do not notice what happens meanwhile."""
 
 
 @contextmanager
@@ -29,6 +29,7 @@ def open_through(
     pooled: Collection[str],
     *,
     only: str | None = None,
+    user: str = "postgres",
     ready: bool = True,
     **options: Any,
 ) -> Iterator[App]:
@@ -38,12 +39,11 @@ def open_through(
     ``only`` names the one replica that it knows; with ``ready`` every node is observed by then.
     """
     conninfos = {
-        name: pooler.conninfo_for(name) if name in pooled else node.conninfo
+        name: pooler.conninfo_for(name, user=user) if name in pooled else node.conninfo_for(user)
         for name, node in pg.nodes.items()
         if only in (None, name) or name == "primary"
     }
     primary = conninfos.pop("primary")
-    options.setdefault("pool_options", UNPREPARED)
     with open_router(kind, pg, primary=primary, replicas=conninfos, **options) as app:
         if ready:
             app.wait_healthy()

@@ -81,7 +81,7 @@ def test_what_was_read_through_a_pooler_is_there_in_the_next_read(
     with through(wait_seconds=10.0) as app:
         pg.replicas["replica_2"].pause_replay()
         pairs = []
-        for row in range(20):
+        for row in range(12):
             _insert(app, table, row)
             with app.session() as first:
                 seen, _ = _count(app, table)

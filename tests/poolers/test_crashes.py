@@ -25,7 +25,7 @@ from lsn_consistency.testing.pgbouncer import PoolMode
 from tests.cluster.harness import App, Kind, wait_until
 from tests.cluster.test_crashes import SETTINGS as CRASH_SETTINGS
 from tests.cluster.test_crashes import Clients, Watch
-from tests.poolers.pgbouncer import SETTINGS, clients, open_through
+from tests.poolers.pgbouncer import SETTINGS, SILENT, clients, open_through
 
 Crash = Literal["server", "backend"]
 
@@ -33,8 +33,6 @@ ROWS = 200_000
 PAST_BYTES = 8 * 1024 * 1024
 DELAY_SECONDS = 3600.0
 
-# The monitors are silent but when they are asked: nobody else tells of the crash.
-SILENT = {"poll_interval": 300.0, "max_lag_seconds": 3000.0, "pin_seconds": 3000.0}
 CONNECTIONS = 4
 
 
@@ -86,7 +84,11 @@ class PatientClients(Clients):
         return True
 
 
-@pytest.mark.parametrize("crash", ["server", "backend"])
+@pytest.mark.parametrize(
+    ("mode", "crash"),
+    [("transaction", "server"), ("transaction", "backend"), ("session", "server")],
+    indirect=["mode"],
+)
 def test_a_replica_that_stays_in_the_past_behind_a_pooler_is_not_read(
     kind: Kind, crash: Crash, crashing: EmbeddedCluster, replica: Replica, pooler: PgBouncer
 ) -> None:
@@ -136,7 +138,9 @@ def test_a_router_that_takes_the_pooler_for_a_server_reads_the_past(
         assert {(0, replica.port)} == set(_read_at_once(app))
 
 
-@pytest.mark.parametrize("crash", ["server", "backend"])
+@pytest.mark.parametrize(
+    ("kind", "crash"), [("blocking", "server"), ("async", "backend")], indirect=["kind"]
+)
 @pytest.mark.parametrize("mode", ["transaction"], indirect=True)
 def test_clients_go_on_through_a_pooler_while_a_replica_crashes(
     kind: Kind, crash: Crash, crashing: EmbeddedCluster, replica: Replica, pooler: PgBouncer

@@ -53,18 +53,18 @@ def test_a_pooler_is_still_seen_after_it_has_changed_all_its_connections(
 def test_backends_that_live_shortly_change_nothing(
     through: OpenThrough, pg: EmbeddedCluster, pooler: PgBouncer, table: str
 ) -> None:
-    """server_lifetime=0, a backend for each transaction: 40 writes and reads, 0 stale."""
+    """server_lifetime=0, a backend for each transaction: 20 writes and reads, 0 stale."""
     pooler.configure("server_lifetime", 0)
     with through(wait_seconds=5.0) as app:
         answers = []
-        for number in range(40):
+        for number in range(20):
             app.write(f"INSERT INTO {table} VALUES (%s)", [number])
             with app.reading() as conn:
                 rows = conn.value(f"SELECT count(*) FROM {table}")
                 answers.append((rows, conn.value("SELECT pg_backend_pid()"), conn.port))
         assert dict.fromkeys(EVERYWHERE, True) == _pooled(app)
-    assert list(range(1, 41)) == [rows for rows, _, _ in answers]
-    assert 40 == len({(port, pid) for _, pid, port in answers})
+    assert list(range(1, 21)) == [rows for rows, _, _ in answers]
+    assert 20 == len({(port, pid) for _, pid, port in answers})
     assert pg.primary.port not in {port for _, _, port in answers}
 
 

@@ -7,6 +7,8 @@ is used up for longer than a probe may take looks like a server that is down.
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import psycopg
 import pytest
 
@@ -101,7 +103,7 @@ def test_a_pooler_that_accepts_no_more_clients_is_left_alone(
     """max_client_conn leaves no place for the pool or the monitor: reads go elsewhere."""
     pooler.configure("max_client_conn", 1)
     with (
-        psycopg.connect(pooler.conninfo_for("replica_1")),
+        closing(_the_only_client(pooler)),
         through("replica_1", ready=False, **TIMEOUTS) as app,
     ):
         for row in range(10):
@@ -113,6 +115,21 @@ def test_a_pooler_that_accepts_no_more_clients_is_left_alone(
             assert answer.seconds < LIMIT_SECONDS
         pooler.configure("max_client_conn", 100)
         wait_until(lambda: pg.replicas["replica_1"].port == _ask(app, table).port, 20)
+
+
+def _the_only_client(pooler: PgBouncer) -> psycopg.Connection:
+    """Take the one place, as soon as the admin console has left it."""
+    taken: list[psycopg.Connection] = []
+
+    def take() -> bool:
+        try:
+            taken.append(psycopg.connect(pooler.conninfo_for("replica_1")))
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    wait_until(take)
+    return taken[0]
 
 
 def _ask(app: App, table: str) -> Answer:

@@ -88,13 +88,11 @@ def test_on_a_direct_connection_nothing_is_added(
 def _logging(replica: Replica) -> Iterator[Callable[[], list[Statement]]]:
     """Have a server log its statements; yield what returns those since then."""
     replica.configure("log_statement", "all")
-    start = replica.log.stat().st_size
+    mark = replica.log_mark()
 
     def statements() -> list[Statement]:
-        with replica.log.open("rb") as file:
-            file.seek(start)
-            text = file.read().decode()
-        return [Statement(int(pid), said.strip()) for pid, said in _RECORD.findall(text)]
+        records = _RECORD.findall(replica.log_since(mark))
+        return [Statement(int(pid), said.strip()) for pid, said in records]
 
     try:
         yield statements

@@ -79,6 +79,8 @@ class Connection:
         pid = self.pid + 1_000_000 if self.endpoint.pooled else self.pid
         if statement == _sql.BEGIN_READ_COMMITTED:
             self.in_transaction = True
+        elif statement == _sql.ROLLBACK:
+            self.in_transaction = False
         elif statement == _sql.READ_ONLY:
             self.session_read_only = True
         elif statement == _sql.READ_WRITE:

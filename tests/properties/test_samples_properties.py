@@ -196,6 +196,27 @@ def test_the_ring_is_bounded_and_forgets_the_oldest() -> None:
     assert (1.0, 2000.0, math.inf) == (newest, kept, oldest)
 
 
+@given(
+    writes=st.lists(st.integers(0, 30), min_size=1, max_size=20),
+    ahead=st.integers(-40, 40),
+    late=st.sampled_from((-0.5, 0.0, 0.5)),
+)
+def test_what_is_ahead_of_the_primary_follows_another(
+    writes: list[int], ahead: int, late: float
+) -> None:
+    """Received before the newest sample was taken and beyond it: no lag, however near."""
+    samples = PrimarySamples(0.125)
+    insert = 1000
+    for number, written in enumerate(writes):
+        insert += written
+        samples.add(observed(float(number), insert, insert))
+    newest = float(len(writes) - 1)
+    replica = observed(newest - 1.0, insert + ahead, in_recovery=True, received=newest + late)
+    lag = samples.lag_seconds(replica, newest + 1.0)
+    assert (ahead > 0 and late <= 0) or ahead < 0 or lag == 1.0
+    assert not (ahead > 0 and late <= 0) or lag == math.inf
+
+
 def test_another_origin_knows_nothing() -> None:
     """Positions of another system or timeline, or none, are never compared by their numbers."""
     samples = PrimarySamples(0.125)

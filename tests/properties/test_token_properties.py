@@ -94,6 +94,22 @@ def test_merge_loses_nothing(a: Token, b: Token) -> None:
         assert pin is None or (merged.pin_until is not None and merged.pin_until >= pin)
 
 
+@given(tokens, system_ids)
+def test_without_takes_one_system_and_nothing_else(token: Token, system_id: int) -> None:
+    """
+    The others and the pin stay as they are; the token itself is not changed.
+    """
+    before = dict(token.positions)
+    rest = token.without(system_id)
+    held = token.get(system_id)
+
+    assert rest.get(system_id) is None
+    assert rest.pin_until == token.pin_until
+    assert {key: each for key, each in before.items() if key != system_id} == rest.positions
+    assert before == token.positions
+    assert token == (rest if held is None else rest.merge(Token([held])))
+
+
 @given(tokens, tokens)
 def test_merge_invents_nothing(a: Token, b: Token) -> None:
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,7 @@ from lsn_consistency.lsn import Lsn
 systems = st.sampled_from((7, 8))
 timelines = st.sampled_from((1, 2))
 lsns = st.integers(0, 20)
+moments = st.one_of(st.integers(0, 20).map(float), st.just(math.inf))
 
 
 def observed(
@@ -38,6 +41,7 @@ class Waiting:
     """Hold what the models remember of each waiter, in the order in which they came."""
 
     positions: list[tuple[Position, Waiter]] = field(default_factory=list)
+    since: dict[int, float] = field(default_factory=dict)
     observations: list[tuple[float, Waiter]] = field(default_factory=list)
     turns: list[Waiter] = field(default_factory=list)
     gone: list[Waiter] = field(default_factory=list)
@@ -55,13 +59,22 @@ class QueueMachine(RuleBasedStateMachine):
         self.turns = TurnQueue()
         self.model = Waiting()
 
-    @rule(system=systems, timeline=timelines, lsn=lsns, count=st.sampled_from((1, 1, 90)))
-    def wait_for_position(self, system: int, timeline: int, lsn: int, count: int) -> None:
+    @rule(
+        system=systems,
+        timeline=timelines,
+        lsn=lsns,
+        since=moments,
+        count=st.sampled_from((1, 1, 90)),
+    )
+    def wait_for_position(
+        self, system: int, timeline: int, lsn: int, since: float, count: int
+    ) -> None:
         for _ in range(count):
             waiter = Waiter(nothing, self.positions)
             required = Position(system, timeline, Lsn(lsn))
-            self.positions.add(required, waiter)
+            self.positions.add(required, waiter, since)
             self.model.positions.append((required, waiter))
+            self.model.since[id(waiter)] = since
 
     @rule(after=lsns)
     def wait_for_observation(self, after: int) -> None:
@@ -93,6 +106,42 @@ class QueueMachine(RuleBasedStateMachine):
         seen = observed(lsn, system, timeline)
         expected = [w for required, w in self.model.positions if seen.reaches(required) is True]
         self.expect(expected, self.positions.release(seen), seen)
+
+    @rule(
+        system=systems,
+        timeline=st.sampled_from((1, 2, None)),
+        lsn=st.none() | lsns,
+        at=st.integers(0, 25),
+    )
+    def fall_short(self, system: int, timeline: int | None, lsn: int | None, at: int) -> None:
+        """The primary is observed: whoever waits for more than it had, by then, waits in vain."""
+        seen = observed(lsn, system, timeline, float(at))
+        vain = self.in_vain(seen)
+        unsure = self.positions.is_unconfirmed(seen)
+        released = self.positions.release_ahead(seen)
+        # One who asked later may still hope, and may have been further: then nobody is looked at.
+        assert set(map(id, released)) <= set(map(id, vain))
+        assert released or not vain or unsure
+        if at > 20:
+            # Later than every read began.
+            assert not unsure
+            assert len(vain) == len(released)
+        self.expect(released, released, seen)
+        assert not self.in_vain(seen) or unsure
+
+    def in_vain(self, seen: Observation) -> list[Waiter]:
+        return [
+            waiter
+            for required, waiter in self.model.positions
+            if (required.system_id, required.timeline) == (seen.server.system_id, seen.timeline)
+            and seen.reaches(required) is False
+            and self.model.since[id(waiter)] <= seen.sent_at
+        ]
+
+    @rule()
+    def begin_anew(self) -> None:
+        expected = [waiter for _, waiter in self.model.positions]
+        self.expect(expected, self.positions.release_all(), None)
 
     @rule(at=lsns)
     def observe(self, at: int) -> None:
@@ -213,3 +262,104 @@ def test_giving_up_costs_little_on_average(monkeypatch: pytest.MonkeyPatch) -> N
         queue.discard(waiter)
     assert sum(rebuilt) <= 10_000
     assert len(queue) == 0
+
+
+# What the primary does not have
+
+
+class Watched(list[Any]):
+    """Count how often all entries of a heap are looked at."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        Watched.looks += 1
+        return super().__iter__()
+
+
+def test_nobody_is_looked_at_while_nothing_is_lost() -> None:
+    """Every probe of the primary comes by here: ten thousand who wait cost it nothing."""
+    queue = PositionQueue()
+    for lsn in range(10_000):
+        queue.add(Position(7, 1, Lsn(lsn)), Waiter(nothing, queue), float(lsn))
+    queue._heaps = {key: Watched(heap) for key, heap in queue._heaps.items()}
+    Watched.looks = 0
+    none_lost = ((9_999, 20_000.0), (50_000, 20_000.0), (5, 9_998.0), (None, 20_000.0))
+    for reached, at in none_lost:
+        assert [] == queue.release_ahead(observed(reached, at=at))
+    for elsewhere in (observed(5, 8, at=2e4), observed(5, 7, 2, 2e4), observed(5, 7, None, 2e4)):
+        assert [] == queue.release_ahead(elsewhere)
+    assert 0 == Watched.looks
+    assert 9_994 == len(queue.release_ahead(observed(5, at=9_999.0)))
+    assert Watched.looks > 0
+    assert 6 == len(queue)
+
+
+def test_who_gave_up_is_looked_for_once() -> None:
+    """A furthest position that nobody waits for any more does not make every probe look."""
+    queue = PositionQueue()
+    waiters = [Waiter(nothing, queue) for _ in range(3)]
+    for lsn, waiter in zip((10, 20, 30), waiters, strict=True):
+        queue.add(Position(7, 1, Lsn(lsn)), waiter, 1.0)
+    queue.discard(waiters[2])
+    assert [waiters[1]] == queue.release_ahead(observed(15, at=2.0))
+    queue._heaps = {key: Watched(heap) for key, heap in queue._heaps.items()}
+    Watched.looks = 0
+    assert [] == queue.release_ahead(observed(15, at=3.0))
+    assert 0 == Watched.looks
+    assert [waiters[0]] == queue.release(observed(10))
+
+
+@pytest.mark.parametrize(
+    ("lsn", "at", "released", "unconfirmed"),
+    [
+        (99, 4.9, False, True),
+        (99, 5.0, True, False),
+        (100, 4.9, False, False),
+        (100, 5.0, False, False),
+        (None, 4.9, False, False),
+        (None, 5.0, False, False),
+    ],
+)
+def test_the_fences_of_what_is_lost(
+    lsn: int | None, at: float, released: bool, unconfirmed: bool
+) -> None:
+    """One byte short is short, and the moment in which the read began is late enough."""
+    queue = PositionQueue()
+    waiter = Waiter(nothing, queue)
+    queue.add(Position(7, 1, Lsn(100)), waiter, 5.0)
+    seen = observed(lsn, at=at)
+    assert unconfirmed is queue.is_unconfirmed(seen)
+    assert ([waiter] if released else []) == queue.release_ahead(seen)
+    assert released is (waiter.seen is seen)
+    assert released is not waiter.active
+
+
+def test_one_who_knows_no_moment_is_never_released_in_vain() -> None:
+    """Without ``since`` nothing is known of the primary: only a server that has it releases."""
+    queue = PositionQueue()
+    lasting, other = Waiter(nothing, queue), Waiter(nothing, queue)
+    queue.add(Position(7, 1, Lsn(100)), lasting)
+    assert not queue.is_unconfirmed(observed(5, at=1.0))
+    queue.add(Position(7, 1, Lsn(50)), other, 2.0)
+    assert queue.is_unconfirmed(observed(5, at=1.0))
+    assert [other] == queue.release_ahead(observed(5, at=3.0))
+    assert not queue.is_unconfirmed(observed(5, at=1.0))
+    assert [] == queue.release_ahead(observed(5, at=3.0))
+    assert [lasting] == queue.release(observed(100))
+
+
+def test_nobody_is_unconfirmed_where_nobody_waits() -> None:
+    """The primary is not probed for those who are gone."""
+    queue = PositionQueue()
+    waiter = Waiter(nothing, queue)
+    queue.add(Position(7, 1, Lsn(100)), waiter, 5.0)
+    queue.discard(waiter)
+    assert not queue.is_unconfirmed(observed(5, at=1.0))
+    again = Waiter(nothing, queue)
+    queue.add(Position(7, 1, Lsn(100)), again, 5.0)
+    assert queue.is_unconfirmed(observed(5, at=1.0))
+    assert [again] == queue.release_all()
+    assert not queue.is_unconfirmed(observed(5, at=1.0))
+    assert (None, False, 0) == (again.seen, again.active, len(queue))
+    assert [] == queue.release_all()

@@ -9,8 +9,14 @@ import sys
 import time
 import traceback
 from collections import Counter
+from typing import Final
 
 from tests.simulation.world import BUSY_SECONDS, play
+
+BROKEN: Final = 1
+"""The status of a run in which a promise was broken."""
+CRASHED: Final = 3
+"""The status of a run that an error of another kind ended."""
 
 
 def main() -> int:
@@ -18,26 +24,34 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1000, help="how many seeds to play")
     parser.add_argument("--start", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="play this one only")
+    parser.add_argument("--first", action="store_true", help="stop at the first that fails")
     parser.add_argument("--seconds", type=float, default=BUSY_SECONDS, help="of virtual time")
     parser.add_argument("--verbose", action="store_true", help="print what happens")
     given = parser.parse_args()
-    seeds = [given.seed] if given.seed is not None else range(given.start, given.start + given.seeds)
+    seeds = (
+        [given.seed] if given.seed is not None else range(given.start, given.start + given.seeds)
+    )
     counts: Counter[str] = Counter()
     failed: list[int] = []
-    started = time.perf_counter()
+    status = 0
+    started = time.process_time()
     for seed in seeds:
         try:
             counts += play(seed, seconds=given.seconds, verbose=given.verbose).counts
         except Exception as error:
             failed.append(seed)
+            status = max(status, BROKEN if isinstance(error, AssertionError) else CRASHED)
             if given.verbose or not isinstance(error, AssertionError):
                 traceback.print_exc()
             print(f"{type(error).__name__}: {error}\n  replay: {replay_command(seed)}")
-    took = time.perf_counter() - started
+            if given.first:
+                break
+    took = time.process_time() - started
     for what, number in sorted(counts.items()):
         print(f"{number:9d}  {what}")
-    print(f"{len(seeds)} seeds in {took:.1f} s, {len(seeds) / took:.1f} a second; failed: {failed}")
-    return 1 if failed else 0
+    speed = len(seeds) / took
+    print(f"{len(seeds)} seeds in {took:.1f} s of CPU, {speed:.1f} a second; failed: {failed}")
+    return status
 
 
 def replay_command(seed: int) -> str:

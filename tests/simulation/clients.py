@@ -28,6 +28,7 @@ from tests.simulation.servers import SYSTEM, Commit, Server
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
+THREAD_SECONDS: Final = 0.01
 KEYS: Final = ("x", "y", "z")
 NO_GUARANTEE: Final[frozenset[Guarantee]] = frozenset()
 OWN_WRITES: Final[frozenset[Guarantee]] = frozenset({"read_your_writes"})
@@ -82,17 +83,28 @@ class Client:
         session = Session(self.token)
         try:
             for _ in range(self.chance.choice((1, 1, 2, 3))):
-                yield from self._one(process, session)
+                one = self._two if self.chance.random() < 0.08 else self._one
+                yield from one(process, session)
         finally:
             self.token = session.token
             self.known = frozenset(self.must_see)
 
     def _two(self, process: Process, session: Session) -> Steps:
         """Two threads of one request share its session."""
+        self.world.count("requests with two threads")
+        interrupted: Cancelled | None = None
         other = self.world.loop.start(self._one(process, session))
-        yield from self._one(process, session)
+        try:
+            yield from self._one(process, session)
+        except Cancelled as error:
+            interrupted = error
         while not other.done:
-            yield 0.01
+            try:
+                yield THREAD_SECONDS
+            except Cancelled as error:
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
 
     def _one(self, process: Process, session: Session) -> Steps:
         draw = self.chance.random()
@@ -179,8 +191,8 @@ class Write:
         # The highest timeline that was known when the write began.
         self.timeline = core.cluster.timeline
         try:
-            plan = _writes.open_write(core, self.session)
-            lease = yield from self.process.run(plan)
+            opening = _writes.open_write(core, self.session)
+            lease = yield from self.process.run(opening)
         except REFUSALS:
             world.count("writes refused")
             return
@@ -194,9 +206,9 @@ class Write:
             lease.conn.closed = True
             raise
         finally:
-            plan = _writes.close_write(core, self.session, lease, interrupted=interrupted)
+            closing = _writes.close_write(core, self.session, lease, interrupted=interrupted)
             try:
-                yield from self.process.run(plan)
+                yield from self.process.run(closing)
             finally:
                 self._note(began, token_in)
 
@@ -289,6 +301,7 @@ class ReadOnce:
             self._refused(error)
             return None
         self.opened = world.loop.now
+        self.role = lease.route.role
         interrupted = False
         try:
             yield from self.process.execute(lease.conn, partial(self._see, lease, read))
@@ -340,8 +353,9 @@ class ReadOnce:
         The former primary runs on, and the process reaches that one only; see docs/limits.md.
         """
         server = self.server
-        plain = server is not None and not server.is_primary and not server.timeline_known
-        return plain and server is not None and server.log.timeline > self.timeline
+        if server is None or server.timeline_known or self.role == "primary":
+            return False
+        return server.log.timeline > self.timeline
 
     def _judge_role(self, lease: Lease, server: Server) -> None:
         route = lease.route
@@ -371,10 +385,18 @@ class ReadOnce:
             self.world.count("reads on a replica of a new timeline")
 
     def _judge_order(self, lease: Lease, server: Server, shown: set[Commit]) -> None:
-        missing = self.due - shown
-        if not missing or self._is_misled:
+        if self._is_misled:
             return
         log = server.log
+        held = self.token.get(SYSTEM)
+        if held is not None and lease.route.reason is Reason.CAUGHT_UP:
+            end = held.lsn if held.timeline == log.timeline else log.ancestors.get(held.timeline, 0)
+            if held.lsn > end:
+                raise Violated(
+                    f"{self.client.name}: {held} is not in the log of {server.name}, which left "
+                    f"that timeline at {Lsn(end)}: {lease.route}"
+                )
+        missing = self.due - shown
         for commit in missing:
             if _is_lost(commit, server):
                 self.world.count("reads that miss what a failover lost")
@@ -382,7 +404,9 @@ class ReadOnce:
                 self.world.count("commits that the primary does not show yet")
             elif not _position_covers(self.token, commit):
                 self.world.count("reads after a pin")
-                if lease.route.reason is not Reason.PRIMARY_DOWN:
+                # What only a pin covers, a former primary may not have.
+                known = lease.route.reason is not Reason.PRIMARY_DOWN
+                if known and commit.timeline <= log.timeline:
                     raise Violated(f"{self.client.name}: {lease.route} misses {commit}, pinned")
             else:
                 raise Violated(
@@ -445,7 +469,7 @@ class ReadOnce:
             assert self.server is not None
             kept = self.server.log.commits
             beyond = [c for c in shown if (c.timeline, c.end) > place and c in kept]
-            if beyond and not self.world.is_split:
+            if beyond and not self.world.is_split and not _has_no_room(session.token):
                 raise Violated(f"{self.client.name}: {session.token} does not cover {beyond}")
         self.client.must_see |= shown
 
@@ -463,7 +487,12 @@ def _is_left_alone(lease: Lease) -> bool:
 
 
 def _covers(session: Session, commit: Commit) -> bool:
-    return _position_covers(session.token, commit)
+    return _has_no_room(session.token) or _position_covers(session.token, commit)
+
+
+def _has_no_room(token: Token) -> bool:
+    """Tell whether a token holds so many other systems that ours was left out."""
+    return token.is_full and token.get(SYSTEM) is None
 
 
 def _position_covers(token: Token, commit: Commit) -> bool:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from random import Random
 from typing import TYPE_CHECKING, Final
 
+from lsn_consistency import Position, Token
+from lsn_consistency.lsn import Lsn
+from lsn_consistency.tokens import MAX_SYSTEMS
 from tests.simulation.clients import Cancelled, Client
 from tests.simulation.loop import Steps, Task
 from tests.simulation.servers import UNIT, Server
@@ -18,6 +21,7 @@ from tests.simulation.servers import UNIT, Server
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
+RARE: Final = {"full token": 0.08, "same timeline": 0.2, "revoke": 0.2, "restore": 0.25}
 SHARES: Final = (0.0, 0.2, 0.6, 1.0)
 
 
@@ -52,8 +56,9 @@ class Faults:
             "kill connection": self._kill,
             "revoke": self._revoke,
             "hand over": self._hand_over,
+            "full token": self._fill_token,
         }
-        chosen = [name for name in kinds if chance.random() < 0.45]
+        chosen = [name for name in kinds if chance.random() < RARE.get(name, 0.45)]
         self.kinds = {name: kinds[name] for name in {*chosen, "hand over", "follow"}}
         self.names = sorted(self.kinds)
         self.pause_seconds = chance.choice((0.06, 0.12, 0.3))
@@ -136,6 +141,7 @@ class Faults:
         postmaster = self.chance.random() < 0.6
         self._note_loss(server)
         server.crash(self.chance.choice(SHARES), postmaster=postmaster)
+        server.replay_known = False
         self._note("crash", server.name, server.replay)
         self._notice(server)
 
@@ -249,7 +255,7 @@ class Faults:
         """Have a server stream from the primary, rewound or copied anew where that is needed."""
         world = self.world
         primary = world.primary
-        if server is primary or not self.active and server.log is primary.log:
+        if server is primary or (not self.active and server.log is primary.log):
             return
         if server.log is primary.log and not server.is_primary:
             return
@@ -293,7 +299,12 @@ class Faults:
         world = self.world
         other = self._standby()
         primary = world.primary
-        past = (other in world.hidden_servers, other.is_primary, not other.alive, primary.log.timeline == 1)
+        past = (
+            other in world.hidden_servers,
+            other.is_primary,
+            not other.alive,
+            primary.log.timeline == 1,
+        )
         if any(past) or other.log.timeline >= primary.log.timeline:
             return False
         other.paused = False
@@ -345,6 +356,13 @@ class Faults:
     def _hand_over(self) -> None:
         giver, taker = self.chance.choice(list(self.tasks)), self.chance.choice(list(self.tasks))
         giver.tell(taker)
+
+    def _fill_token(self) -> None:
+        """A client comes from services with newer databases, as many as a token can hold."""
+        count = self.chance.choice((1, MAX_SYSTEMS - 1, MAX_SYSTEMS))
+        positions = [Position(2**63 + number, 1, Lsn(UNIT)) for number in range(count)]
+        client = self.chance.choice(list(self.tasks))
+        client.told.append((Token(positions), frozenset()))
 
     # The end
 

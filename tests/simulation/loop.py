@@ -18,6 +18,7 @@ Steps: TypeAlias = Generator[Wait, Any, Any]
 
 
 MAX_CLEANUP: Final = 100
+TICK_SECONDS: Final = 1e-6
 
 
 class Signal:
@@ -80,7 +81,8 @@ class Task:
             loop.resume_at(loop.now, self, True)
             return
         signal.await_by(self)
-        loop.resume_at(loop.now + max(0.0, seconds), self, False)
+        # Less would not move a clock that stands at a greater number.
+        loop.resume_at(loop.now + max(TICK_SECONDS, seconds), self, False)
 
     def close(self) -> None:
         """End it; what it does to clean up is done at once."""

@@ -136,6 +136,8 @@ class Connection:
     def run(self, statement: bytes) -> Row:
         if statement == _sql.BEGIN_READ_COMMITTED:
             self.in_transaction = True
+        elif statement == _sql.ROLLBACK:
+            self.in_transaction = False
         elif statement == _sql.READ_ONLY:
             self.session_read_only = True
         elif statement == _sql.READ_WRITE:

@@ -225,9 +225,7 @@ class Process:
         )
         return waiter.seen
 
-    def _wait(
-        self, register: Callable[..., Waiter], kick: Iterable[str], seconds: float
-    ) -> Steps:
+    def _wait(self, register: Callable[..., Waiter], kick: Iterable[str], seconds: float) -> Steps:
         released = Signal(self.loop)
         waiter = register(wake=released.set)
         for name in kick:
@@ -264,5 +262,3 @@ class Process:
         # A restoring that was interrupted is remembered, and made up for at the next use.
         assert own == endpoint.own_read_only
         assert not (endpoint.given and conn.session_read_only)
-
-

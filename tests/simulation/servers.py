@@ -106,7 +106,9 @@ class Log:
 
     def timeline_at(self, lsn: int) -> int:
         """Return the timeline of the record that ends at a position."""
-        return next((each for each, end in sorted(self.ancestors.items()) if lsn <= end), self.timeline)
+        return next(
+            (each for each, end in sorted(self.ancestors.items()) if lsn <= end), self.timeline
+        )
 
     def history_file(self, timeline: int) -> str:
         return "".join(
@@ -132,6 +134,7 @@ class Server:
         self.replay = self.receive = log.start
         self.streaming = True
         self.applying = False
+        self.replay_known = True
         self._paused = False
         self._delayed = False
         self.frozen = False
@@ -270,7 +273,7 @@ class Server:
             str(pid),
             "t" if recovery else "f",
             ("paused" if self.paused else "not paused") if recovery else None,
-            str(Lsn(self.replay)) if recovery else str(_raw_insert(self.log.insert)),
+            self._position() if recovery else str(_raw_insert(self.log.insert)),
             str(Lsn(self.receive)) if recovery else str(Lsn(self.log.flush)),
             None if timeline is None else str(timeline),
             None if received is None else str(received),
@@ -279,6 +282,10 @@ class Server:
             None,
             None if recovery or self.recovery_end is None else str(Lsn(self.recovery_end)),
         )
+
+    def _position(self) -> str | None:
+        # It is NULL until something was replayed after a start.
+        return str(Lsn(self.replay)) if self.replay_known else None
 
     def identity_row(self, pid: int) -> Row:
         return (

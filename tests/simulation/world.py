@@ -17,9 +17,11 @@ from tests.simulation.faults import Faults
 from tests.simulation.loop import Loop, Steps, Task
 from tests.simulation.network import Endpoint, Network
 from tests.simulation.process import Process
-from tests.simulation.servers import BLOCK, UNIT, Commit, Log, Server
+from tests.simulation.servers import BLOCK, SYSTEM, UNIT, Commit, Log, Server
 
 START: Final = 16 * BLOCK - 5 * UNIT
+STRANGE_SYSTEM: Final = 7_000_000_000_000_000_099
+STRANGE_START: Final = 2**40
 BUSY_SECONDS: Final = 3.0
 WARM_UP_SECONDS: Final = 0.2
 CATCH_UP_SECONDS: Final = 0.4
@@ -58,7 +60,8 @@ class World:
         self.servers = [Server("p", log, primary=True)]
         self.servers += [Server(name, log) for name in "abc"[: self.chance.choice((2, 3, 3))]]
         self.primary = self.servers[0]
-        self.upstream = {server: self.primary for server in self.servers[1:]}
+        self.upstream = dict.fromkeys(self.servers[1:], self.primary)
+        self.stranger: Server | None = None
         self.delays: dict[Server, float] = {}
         self.slowness: dict[Server, float] = {}
         self.held: set[Server] = set()
@@ -83,6 +86,8 @@ class World:
         self.given = chance.random() < 0.2
         self.autocommit = chance.random() < 0.5
         self.silent = chance.random() < 0.3
+        if len(self.servers) == 4 and chance.random() < 0.1:
+            self._estrange(self.servers.pop())
         self.options: dict[str, Any] = {
             "max_lag_seconds": MAX_LAG,
             "pin_seconds": PIN_SECONDS,
@@ -98,6 +103,13 @@ class World:
             server.timeline_known = self.privilege != "plain"
             server.restartpoint = 1
             server.applying = chance.random() < 0.5
+
+    def _estrange(self, server: Server) -> None:
+        """A node leads to another cluster, whose positions are greater by far."""
+        log = Log(1, STRANGE_START)
+        self.stranger = Server(server.name, log, system=STRANGE_SYSTEM)
+        self.stranger.restartpoint = 1
+        del self.upstream[server]
 
     def _processes(self) -> Iterator[Process]:
         for number in range(1, 1 + self.chance.choice((1, 2, 2, 3))):
@@ -121,6 +133,8 @@ class World:
         }
         p, a, *rest = self.servers
         endpoints = [Endpoint("primary", [p], **kept), Endpoint("a", [a], **kept)]
+        if self.stranger is not None:
+            endpoints.append(Endpoint(self.stranger.name, [self.stranger], **kept))
         if len(rest) == 2 and (self.hidden or self.pooled):
             # Who fails over to a server that only such an endpoint leads to has no node for it.
             self.hidden_servers = set(rest)
@@ -200,6 +214,9 @@ class World:
             return
         if position.timeline == event.timeline:
             found = any(to < position.lsn for to in self.went_back.get(position.timeline, ()))
+        elif position.timeline > event.timeline:
+            # It is this primary that was left, not the position.
+            found = False
         else:
             ends = [
                 log.ancestors.get(position.timeline, 0)
@@ -225,6 +242,7 @@ class World:
             speed = self.slowness.get(server, 1.0)
             replayed = speed * (0.0 if draw > 0.75 else 0.5 if draw > 0.5 else 1.0)
             before = server.replay
+            server.replay_known = True
             server.replicate(received, replayed)
             if server in self.delays:
                 due = self.loop.now - self.delays[server]
@@ -271,7 +289,8 @@ class World:
                 client.token = session.token
                 if route is None:
                     raise Violated(f"{client.name} is not served by the healed {process.name}")
-                if attempt == 2 and route.is_primary:
+                full = client.token.is_full and client.token.get(SYSTEM) is None
+                if attempt == 2 and route.is_primary and not full:
                     raise Violated(
                         f"{client.name} is served by {route} of the healed {process.name}, "
                         f"with {self.token_and_place(client)}"
@@ -299,5 +318,3 @@ def play(seed: int, *, seconds: float = BUSY_SECONDS, verbose: bool = False) -> 
     world = World(seed, seconds=seconds, verbose=verbose)
     world.run()
     return world
-
-

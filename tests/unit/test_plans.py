@@ -134,6 +134,26 @@ def _crashed(world: Simulation) -> Work:
     return ReadWork(world, Client(Session(token_now(world))), Consistency.CAUSAL)
 
 
+def _lost(world: Simulation) -> Work:
+    primary = next(s for s in world.servers if s.is_primary)
+    primary.log.commit(world.now, asynchronous=True)
+    client = Client(Session(token_now(world)))
+    primary.crash(1.0)
+    world.probe_all(Random(CHANCE))
+    world.probe_all(Random(CHANCE))
+    return ReadWork(world, client, Consistency.READ_YOUR_WRITES)
+
+
+def _failed_over(world: Simulation) -> Work:
+    commit(world)
+    client = Client(Session(token_now(world)))
+    promoted = next(s for s in world.servers if s.name == "a")
+    world.endpoints["primary"].servers[0].stop()
+    promoted.promote(2)
+    world.probe_all(Random(CHANCE))
+    return ReadWork(world, client, Consistency.CAUSAL)
+
+
 SITUATIONS: dict[str, Callable[[Simulation], Work]] = {
     "caught up": _plain,
     "behind": _behind,
@@ -144,6 +164,8 @@ SITUATIONS: dict[str, Callable[[Simulation], Work]] = {
     "shared": _shared,
     "write": _write,
     "crashed": _crashed,
+    "lost": _lost,
+    "failed over": _failed_over,
 }
 WORLDS: dict[str, dict[str, Any]] = {
     "own pools": {},
@@ -154,6 +176,7 @@ WORLDS: dict[str, dict[str, Any]] = {
     "pooled": {"pooled": True, "given": True},
     "wait for a turn": {"max_fallback_reads": 1, "fallback_wait_seconds": 0.1},
     "stale": {"max_fallback_reads": 1, "on_fallback_limit": "stale"},
+    "lost is an error": {"on_lost_write": "error"},
 }
 
 
@@ -242,9 +265,10 @@ def test_a_failure_at_any_step_gives_back_all_and_forgets_no_position(
         return True
 
     points = 0
+    primary = "a" if situation == "failed over" else "primary"
     for work, point in _disturb(world, situation, fail):
         points = max(points, point)
-        if failed and failed.pop() != "primary" and situation != "forced":
+        if failed and failed.pop() != primary and situation != "forced":
             limited = isinstance(work.operation.error, FallbackLimitError)
             assert work.lease is not None or limited
     assert points >= 2

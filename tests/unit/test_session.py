@@ -107,6 +107,106 @@ def test_threads_lose_no_advance() -> None:
     assert session.token == expected
 
 
+# A position that no server has any more
+
+
+def pos(lsn: int, *, system: int = 1, timeline: int = 1) -> Position:
+    return Position.of(system, timeline, lsn)
+
+
+def test_a_lost_position_is_replaced() -> None:
+    """The one exception to forward only: also by a lesser position; the rest of the token stays."""
+    session = Session(at(50).merge(at(7, system=2)).merge(Token(pin_until=9.0)))
+    session.reissue(pos(50), pos(40))
+    assert session.token == Token([pos(40), pos(7, system=2)], 9.0)
+
+
+def test_a_session_that_moved_on_advances() -> None:
+    """What another thread has put in meanwhile is never taken away, and what is new is added."""
+    for held, expected in (
+        (pos(60), pos(60)),
+        (pos(30), pos(40)),
+        (pos(5, timeline=2), pos(5, timeline=2)),
+        (None, pos(40)),
+    ):
+        session = Session(Token([] if held is None else [held]))
+        session.reissue(pos(50), pos(40))
+        assert session.token == Token([expected])
+
+
+def test_a_replacement_of_another_system_takes_only_the_lost_one() -> None:
+    """A primary that belongs to another system now: both are said, and nothing else is dropped."""
+    session = Session(at(50).merge(at(7, system=2)))
+    session.reissue(pos(50), pos(9, system=2))
+    assert session.token == at(9, system=2)
+
+
+def test_a_replacement_is_told_once_and_outside_the_lock() -> None:
+    """Whoever sends tokens hears of it like of an advance; a replacement by itself is none."""
+    session = Session(at(50))
+    heard: list[tuple[Token, Token]] = []
+    session.on_advance = lambda token: heard.append((token, session.token))
+    session.reissue(pos(50), pos(40))
+    session.reissue(pos(50), pos(40))
+    assert heard == [(at(40), at(40))]
+
+
+def test_a_full_token_keeps_its_other_systems() -> None:
+    """Eight systems, one of them replaced, are eight systems."""
+    eight = Token(Position.of(system, 1, 50) for system in range(1, 9))
+    session = Session(eight)
+    session.reissue(pos(50, system=8), pos(40, system=8))
+    assert set(session.token.positions) == set(eight.positions)
+    assert session.token.get(8) == pos(40, system=8)
+
+
+def test_no_advance_is_lost_beside_a_replacement() -> None:
+    """Threads that advance while another one replaces: the furthest valid position is held."""
+    for _ in range(200):
+        session = Session(at(50))
+        together = threading.Barrier(3)
+
+        def advance(system: int, session: Session, together: threading.Barrier) -> None:
+            together.wait(timeout=10)
+            session.advance(at(60, system=system))
+
+        def replace(session: Session, together: threading.Barrier) -> None:
+            together.wait(timeout=10)
+            session.reissue(pos(50), pos(40))
+
+        with ThreadPoolExecutor(3) as pool:
+            done = [pool.submit(advance, system, session, together) for system in (1, 2)]
+            done.append(pool.submit(replace, session, together))
+            for each in done:
+                each.result(timeout=10)
+        assert session.token == at(60).merge(at(60, system=2))
+
+
+def test_a_replacement_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An advance that comes in the middle of it waits, and is not overwritten."""
+    session = Session(at(50))
+    inside, began = threading.Event(), threading.Event()
+    without = Token.without
+
+    def slow(token: Token, system_id: int) -> Token:
+        inside.set()
+        assert began.wait(timeout=10)
+        return without(token, system_id)
+
+    monkeypatch.setattr(Token, "without", slow)
+
+    def advance() -> None:
+        assert inside.wait(timeout=10)
+        began.set()
+        session.advance(at(60))
+
+    with ThreadPoolExecutor(1) as pool:
+        advanced = pool.submit(advance)
+        session.reissue(pos(50), pos(40))
+        advanced.result(timeout=10)
+    assert session.token == at(60)
+
+
 def test_a_block_makes_the_session_current() -> None:
     """Inside the block, and nowhere else, the session is the current one; blocks nest."""
     outer, inner = Session(), Session()

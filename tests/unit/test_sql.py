@@ -276,8 +276,7 @@ def test_without_a_walreceiver_a_standby_does_not_stream() -> None:
 
 
 def test_where_a_promoted_server_ended_its_recovery() -> None:
-    """The frozen replay position of a primary, padded or not; a server that never was a standby
-    has none."""
+    """The frozen replay position, padded or not; none of a server that never was a standby."""
     assert Lsn(0x2000100) == seen(PRIMARY, switch="0/02000100").switch_point
     assert seen(PRIMARY).switch_point is None
 

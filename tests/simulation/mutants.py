@@ -1,0 +1,382 @@
+"""
+Mutants: small wrong changes of what decides, each against one rule, and proof that each is found.
+
+``python -m tests.simulation.mutants`` makes a copy of the package for each, plays seeds against it
+and, where those do not find it, runs a property test; it prints what killed which. A mutant that
+lives, or whose text has gone from the source, fails the check. Further arguments name mutants.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import lsn_consistency
+from tests.simulation.__main__ import BROKEN
+
+ROOT: Final = Path(__file__).parents[2]
+PACKAGE: Final = Path(lsn_consistency.__file__).parent
+SEEDS: Final = 300
+LIMIT_SECONDS: Final = 240
+DECISION: Final = "tests/properties/test_decision_machine.py"
+PLANS: Final = "tests/properties/test_plan_machine.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """
+    Name a wrong change and the rule that it breaks.
+
+    ``tests`` are asked where ``SEEDS`` seeds do not find it, or first if ``tests_first``.
+    """
+
+    name: str
+    rule: str
+    module: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = ()
+    tests_first: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Tell what killed a mutant; nothing did if ``killer`` is None."""
+
+    mutant: Mutant
+    killer: str | None
+    seconds: float
+    said: str = ""
+
+    def __str__(self) -> str:
+        fate = f"killed by {self.killer}" if self.killer else "LIVES"
+        return f"{self.seconds:5.1f} s  {self.mutant.name}: {fate}  {self.said}"
+
+
+MUTANTS: Final = (
+    Mutant(
+        "caught up without the LSN",
+        "CAUGHT_UP: a replica's replay LSN has reached every position of this system in the token",
+        "_observation.py",
+        "return self.timeline == required.timeline and self.lsn >= required.lsn",
+        "return self.timeline == required.timeline",
+    ),
+    Mutant(
+        "timelines are not compared",
+        "LSNs of different timelines are compared only through the history",
+        "_observation.py",
+        "return self.timeline == required.timeline and self.lsn >= required.lsn",
+        "return self.lsn >= required.lsn",
+    ),
+    Mutant(
+        "NULL is caught up",
+        "Unknown means not caught up: three-valued logic, only YES serves",
+        "_observation.py",
+        "if self.lsn is None or self.timeline is None:\n            return None",
+        "if self.lsn is None or self.timeline is None:\n            return True",
+        (DECISION,),
+        tests_first=True,
+    ),
+    Mutant(
+        "the age of an observation does not count",
+        "The bound counts the age of the observation too",
+        "_observation.py",
+        "return now - max(self._inserts",
+        "return seen.received_at - max(self._inserts",
+    ),
+    Mutant(
+        "flush positions count at once",
+        "Lag is measured, not guessed: asynchronous commits are flushed late",
+        "_observation.py",
+        "if seen.sent_at - self._still_since >= seen.flush_delay_seconds:",
+        "if True:",
+    ),
+    Mutant(
+        "samples are taken when they arrive",
+        "The time of an observation is when its query was sent",
+        "_observation.py",
+        "self._inserts.add(seen.sent_at, seen.lsn)",
+        "self._inserts.add(seen.received_at, seen.lsn)",
+    ),
+    Mutant(
+        "samples survive that the primary goes back",
+        "A ring of (monotonic time, primary position), valid for one history of the primary",
+        "_observation.py",
+        "if origin != self._origin or went_back:",
+        "if origin != self._origin:",
+    ),
+    Mutant(
+        "an older observation counts for a connection",
+        "An observation counts for a connection only if it was made after that was opened",
+        "_core.py",
+        "if seen is None or seen.sent_at < facts.opened_at:",
+        "if seen is None:",
+    ),
+    Mutant(
+        "a restarted server is the same",
+        "A server is known by its system id, address, port and start time",
+        "_nodes.py",
+        "return seen if seen is not None and seen.server == server else None",
+        "return seen",
+    ),
+    Mutant(
+        "positions never go down",
+        "A new observation replaces the old one, also downwards",
+        "_nodes.py",
+        "self.newest = seen\n        self.role",
+        "self.newest = max(self.newest or seen, seen, key=lambda each: each.lsn or 0)\n"
+        "        self.servers[seen.server.place] = self.newest\n        self.role",
+    ),
+    Mutant(
+        "a failure forgets nothing",
+        "Unknown is never caught up: a failed node is unknown until it is observed again",
+        "_nodes.py",
+        "self.newest = None\n        self.servers = {}",
+        "pass",
+    ),
+    Mutant(
+        "answers from before a failure count",
+        "An observation of before the failure says nothing of what came back",
+        "_nodes.py",
+        "return seen.sent_at > self.failed_at and (",
+        "return (",
+    ),
+    Mutant(
+        "late answers replace newer ones",
+        "Answers come out of order; the latest question counts",
+        "_nodes.py",
+        "known is None or seen.sent_at >= known.sent_at",
+        "True",
+    ),
+    Mutant(
+        "a pooler is trusted",
+        "Behind a pooler every read checks inside its own READ COMMITTED transaction",
+        "_core.py",
+        "if facts.pooled:\n            return None",
+        "if False:\n            return None",
+    ),
+    Mutant(
+        "a former primary stays one",
+        "Two primaries at once: the higher timeline",
+        "_cluster.py",
+        "and (seen.timeline or 0) >= self.timeline",
+        "",
+    ),
+    Mutant(
+        "two primaries of one timeline are no conflict",
+        "Two primaries at once: the higher timeline, else an error",
+        "_cluster.py",
+        "if len(servers) > 1:",
+        "if False:",
+    ),
+    Mutant(
+        "any system is ours",
+        "An LSN means nothing without the cluster that it was read on",
+        "_decision.py",
+        "return seen.server.system_id == system_id",
+        "return True",
+        (DECISION,),
+        tests_first=True,
+    ),
+    Mutant(
+        "pins are ignored",
+        "PRIMARY_REQUIRED: STRONG, a write, pin_until, or a sticky window",
+        "_decision.py",
+        "return until is not None and until > unix_now",
+        "return False",
+    ),
+    Mutant(
+        "a full token has every position",
+        "A full token may have lost the position of this system: unknown goes to the primary",
+        "_lineage.py",
+        "if required is None and read.token.is_full:",
+        "if False:",
+        (DECISION,),
+        tests_first=True,
+    ),
+    Mutant(
+        "lag is decided once",
+        "max_lag_seconds is a promise about the data on the connection that is used",
+        "_decision.py",
+        "return cluster.lag_seconds(seen, now) <= read.lag_limit",
+        "return True",
+    ),
+    Mutant(
+        "an abandoned timeline serves",
+        "A replica that is numerically ahead but on the abandoned timeline never serves",
+        "_lineage.py",
+        "return cluster.system_id == seen.server.system_id and seen.timeline < cluster.timeline",
+        "return False",
+        (DECISION,),
+    ),
+    Mutant(
+        "the history is not asked",
+        "A position (t, X) is on timeline T if t is an ancestor with switch point >= X",
+        "lsn.py",
+        "return position.lsn <= end",
+        "return True",
+    ),
+    Mutant(
+        "the switch point itself is lost",
+        "An ancestor's switch point >= X: the switch point itself is on both",
+        "lsn.py",
+        "return position.lsn <= end",
+        "return position.lsn < end",
+    ),
+    Mutant(
+        "unknown history is proof",
+        "TIMELINE_CHANGED: its position cannot be proven to be on the primary's timeline",
+        "lsn.py",
+        "return False if self.complete or position.timeline > self.timeline else None",
+        "return True",
+    ),
+    Mutant(
+        "an uncertain standby of a lost primary serves",
+        "On a standby without privileges the timeline is only known late: then leave it out",
+        "_lineage.py",
+        "if seen is None or seen.timeline_is_certain:\n        return seen is not None",
+        "if True:\n        return seen is not None",
+    ),
+    Mutant(
+        "a newer timeline is not looked for",
+        "A promotion that another process has seen: the primary known here is a former one",
+        "_decision.py",
+        "if known >= required.timeline:\n        return None",
+        "return None",
+    ),
+    Mutant(
+        "what is received is not covered",
+        "After a replica read the upper bound is greatest(replay, receive)",
+        "_sql.py",
+        "return max(replay, receive)",
+        "return replay",
+    ),
+    Mutant(
+        "the insert position as it is",
+        "The insert position, normalised: an idle primary's page header is never replayed",
+        "lsn.py",
+        "return Lsn(page_start) if offset <= header_size else lsn",
+        "return lsn",
+    ),
+    Mutant(
+        "an unknown position is nothing",
+        "If the primary is unreachable after COMMIT the session is pinned: fail closed",
+        "_positions.py",
+        "session.pin(until)",
+        "pass",
+    ),
+    Mutant(
+        "lost positions are kept",
+        "A token beyond the switch point is reported, and re-issued at once",
+        "session.py",
+        "kept = held.without(lost.system_id) if still_held else held",
+        "kept = held",
+    ),
+    Mutant(
+        "the flush position is the token",
+        "pg_current_wal_insert_lsn, not what is written or flushed, covers asynchronous commits",
+        "_sql.py",
+        "            else position\n        ),\n        flush_lsn",
+        "            else second\n        ),\n        flush_lsn",
+    ),
+)
+
+
+def judge(mutant: Mutant) -> Verdict:
+    """Say what kills a mutant."""
+    started = time.perf_counter()
+    with _patched(mutant) as folder:
+        trials = [*(_tests(folder, each) for each in mutant.tests), _seeds(folder)]
+        if not mutant.tests_first:
+            trials.insert(0, trials.pop())
+        for killer in trials:
+            for found, said in killer:
+                return Verdict(mutant, found, time.perf_counter() - started, said)
+    return Verdict(mutant, None, time.perf_counter() - started)
+
+
+@contextmanager
+def _patched(mutant: Mutant) -> Iterator[Path]:
+    text = (PACKAGE / mutant.module).read_text("utf-8")
+    if text.count(mutant.old) != 1:
+        raise LookupError(
+            f"the mutant {mutant.name!r} changes {mutant.old!r}, which is in {mutant.module} "
+            f"{text.count(mutant.old)} times: bring the list up to date"
+        )
+    with tempfile.TemporaryDirectory(prefix="lsn-mutant-") as name:
+        folder = Path(name)
+        left_out = shutil.ignore_patterns("__pycache__", "demo", "cli", "integrations")
+        shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=left_out)
+        (folder / PACKAGE.name / mutant.module).write_text(
+            text.replace(mutant.old, mutant.new), "utf-8"
+        )
+        for part in ("tests/simulation", "tests/properties"):
+            shutil.copytree(ROOT / part, folder / part, ignore=left_out)
+        for part in ("tests/__init__.py", "tests/conftest.py", "pyproject.toml"):
+            shutil.copy(ROOT / part, folder / part)
+        yield folder
+
+
+def _seeds(folder: Path) -> Iterator[tuple[str, str]]:
+    """Play seeds until one fails."""
+    out = _run(folder, "-m", "tests.simulation", "--first", "--seeds", str(SEEDS))
+    if out.returncode:
+        found = re.search(r"--seed (\d+)", out.stdout)
+        # A mutant that cannot even run is no proof of anything.
+        if found is None or out.returncode != BROKEN:
+            raise RuntimeError(f"the simulation ended otherwise: {out.stdout}{out.stderr}")
+        yield f"seed {found[1]}", out.stdout.splitlines()[0][:120]
+
+
+def _tests(folder: Path, path: str) -> Iterator[tuple[str, str]]:
+    """Run a property test; only a failing test kills."""
+    options = ("-n", "0", "-q", "-x", "-p", "no:cacheprovider", "--no-header")
+    out = _run(folder, "-m", "pytest", *options, path)
+    if out.returncode not in (0, 1):
+        raise RuntimeError(f"pytest ended otherwise: {out.stdout}{out.stderr}")
+    if out.returncode == 1:
+        yield path, ""
+
+
+def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+
+
+def judge_all(mutants: Iterable[Mutant], *, workers: int = 2) -> Iterator[Verdict]:
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(judge, mutants)
+
+
+def main(names: list[str]) -> int:
+    chosen = [each for each in MUTANTS if not names or any(name in each.name for name in names)]
+    alive = 0
+    for verdict in judge_all(chosen):
+        print(verdict, flush=True)
+        alive += verdict.killer is None
+    print(f"{len(chosen)} mutants, {alive} of them live")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
