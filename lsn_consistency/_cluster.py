@@ -284,6 +284,13 @@ class Cluster:
             return bool(self.positions)
         return node.newest is not None and self.positions.is_unconfirmed(node.newest)
 
+    def least_awaited(self, seen: Observation) -> Lsn | None:
+        """
+        Return the least position that a read waits for on the timeline of an observation.
+        """
+        with self.lock:
+            return self.positions.least(seen)
+
     # Reads in flight
 
     def enter(self, node: Node, *, fallback: bool) -> bool:

@@ -22,6 +22,7 @@ from lsn_consistency import _wire
 from lsn_consistency._core import Core
 from lsn_consistency._nodes import FIRST_RETRY_SECONDS
 from lsn_consistency._observation import Observation
+from lsn_consistency._replay_wait import ReplayWait
 from lsn_consistency._replication import TimelineSource
 from lsn_consistency._sql import Identity
 from lsn_consistency._steps import identify, observe
@@ -55,6 +56,7 @@ class Monitor:
         self._identity: Identity | None = None
         self._seen: Observation | None = None
         self._timelines = TimelineSource(name, connect, core)
+        self._replay = ReplayWait(connect, core, self._suspect)
         self._awake = asyncio.Event()
         self._probed_at = _LONG_AGO
         self._patience = FIRST_PATIENCE_SECONDS
@@ -77,6 +79,7 @@ class Monitor:
                 await self._probe()
         finally:
             self._close()
+            await self._replay.stop()
 
     async def _pause(self) -> None:
         loop = asyncio.get_running_loop()
@@ -98,7 +101,7 @@ class Monitor:
             # Who asks for this node does not wait for a back-off, but a dead node is not hammered.
             return min(retry, FIRST_RETRY_SECONDS) if self._node.failures else 0.0
         if not self._node.failures and self._core.cluster.awaits_position(self._node):
-            return WAITING_POLL_SECONDS
+            return retry if self._replay.covers(self._seen) else WAITING_POLL_SECONDS
         return retry
 
     def _watch(self) -> int | None:
@@ -127,6 +130,7 @@ class Monitor:
         else:
             self._seen = core.observed(self.name, seen, sample=True, before=self._seen)
             self._leave_if_lagging(self._seen)
+            self._replay.tend(self._seen)
             await self._timelines.ask(self._seen)
 
     def _leave_if_lagging(self, seen: Observation) -> None:
@@ -151,6 +155,7 @@ class Monitor:
     def _close(self) -> None:
         if not self._is_ours():
             self._timelines.forget()
+            self._replay.forget()
         elif self._conn is not None:
             self._conn.pgconn.finish()
         self._timelines.close()

@@ -74,6 +74,13 @@ BEGIN_READ_COMMITTED: Final = b"begin isolation level read committed read only"
 
 ROLLBACK: Final = b"rollback"
 
+WAIT_FOR_VERSION: Final = 19_00_00
+READ_COMMITTED: Final = b"set default_transaction_isolation = 'read committed'"
+"""``WAIT FOR LSN`` must not run in a transaction that keeps its snapshot."""
+
+REACHED: Final = "success"
+"""The answer of `wait_for` when the position has been replayed."""
+
 IDENTIFY_SYSTEM: Final = b"IDENTIFY_SYSTEM"
 """Ask for the timeline on a replication connection: exact on standbys too."""
 
@@ -156,6 +163,14 @@ def read_observation(
         pooled=int(pid or 0) != backend_pid,
         transaction=row[-1] if len(row) > _PROBE_WIDTH else None,
     )
+
+
+def wait_for(lsn: Lsn, seconds: float) -> bytes:
+    """
+    Return the statement that waits for a replay position; it takes a literal only.
+    """
+    milliseconds = round(seconds * 1000)
+    return f"wait for lsn '{lsn}' with (timeout '{milliseconds}ms', no_throw)".encode()
 
 
 def timeline_history(timeline: int) -> bytes:

@@ -14,7 +14,7 @@ from itertools import count
 from typing import Final, Protocol
 
 from lsn_consistency._observation import Observation
-from lsn_consistency.lsn import Position
+from lsn_consistency.lsn import Lsn, Position
 
 _COMPACT_ABOVE: Final = 64
 _NOWHERE: Final = (-1, math.inf)
@@ -110,6 +110,16 @@ class PositionQueue:
                 self._release(waiter, seen)
                 released.append(waiter)
         return released
+
+    def least(self, seen: Observation) -> Lsn | None:
+        """
+        Return the least position that is waited for on the timeline of ``seen``; None without one.
+        """
+        heap = self._heaps.get((seen.server.system_id, seen.timeline or 0), [])
+        while heap and not heap[0][3].active:
+            heapq.heappop(heap)
+            self._size -= 1
+        return Lsn(heap[0][0]) if heap else None
 
     def is_unconfirmed(self, seen: Observation) -> bool:
         """

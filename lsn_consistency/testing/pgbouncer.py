@@ -11,7 +11,7 @@ PgBouncer before the servers of a cluster, and what can happen to a pooler.
             pooler.pause()                       # everybody waits
             pooler.resume()
 
-The program is PgBouncer's own, 1.16 or newer, of the machine (``apt-get install pgbouncer``).
+The program is that of the machine (``apt-get install pgbouncer``); tested with PgBouncer 1.18.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ COMMAND_SECONDS: Final = 20.0
 CONNECT_SECONDS: Final = 10
 
 _VERSION_SECONDS: Final = 30.0
+_PROGRAM: Final = "pgbouncer"
 _USERS: Final = ("postgres", "app")
 _LOG, _CONFIGURATION, _ACCOUNTS = "pgbouncer.log", "pgbouncer.ini", "users.txt"
 _VERSION: Final = re.compile(r"PgBouncer (\d+)\.(\d+)")
@@ -85,7 +86,7 @@ def find_pgbouncer() -> Programs:
     """
     ordered = os.environ.get(PROGRAM_VARIABLE)
     folders = os.pathsep.join([os.environ.get("PATH", ""), *_SYSTEM_FOLDERS])
-    found = ordered or shutil.which("pgbouncer", path=folders)
+    found = ordered or shutil.which(_PROGRAM, path=folders)
     if not found:
         raise ProgramsNotFoundError(f"no PgBouncer found: {_HINT}")
     try:
@@ -97,7 +98,10 @@ def find_pgbouncer() -> Programs:
     match = _VERSION.search(told.stdout)
     if match is None:
         raise ProgramsNotFoundError(f"{found} is not PgBouncer: {told.stdout.strip()}: {_HINT}")
-    return Programs(Path(found).resolve().parent, int(match[2]))
+    if Path(found).name != _PROGRAM:
+        # What is left over is found by the name of its program.
+        raise ProgramsNotFoundError(f"{found} has to be named {_PROGRAM}")
+    return Programs(Path(found).absolute().parent, int(match[2]))
 
 
 class PgBouncer:
@@ -303,7 +307,7 @@ class PgBouncer:
         """Start the process; it becomes our child, so that its end is seen at once."""
         self._write(workspace.folder)
         self._process = workspace.spawn(
-            workspace.folder / _LOG, "pgbouncer", str(workspace.folder / _CONFIGURATION)
+            workspace.folder / _LOG, _PROGRAM, str(workspace.folder / _CONFIGURATION)
         )
 
     def _retry_port(self, workspace: Workspace) -> None:

@@ -17,7 +17,7 @@ from lsn_consistency import Consistency, Position, Route, Session
 from lsn_consistency.exceptions import LsnConsistencyError
 from lsn_consistency.testing.checker import CAUSAL, Guarantee, Operation
 
-DEADLINE_SECONDS: Final = 6.0
+DEADLINE_SECONDS: Final = 10.0
 """How long an operation may take, as the clients' own limit; above every limit of the router."""
 
 _ERRORS: Final = (psycopg.Error, LsnConsistencyError, TimeoutError, OSError)

@@ -36,6 +36,13 @@ class Fault:
     settle_seconds: float
     strength: float
 
+    @property
+    def scope(self) -> Scope:
+        """
+        Return whom the kind hits.
+        """
+        return KINDS[self.kind].scope
+
     def between(self, low: float, high: float) -> float:
         """
         Return the strength on a scale of the kind's own.
@@ -83,7 +90,7 @@ def target(stage: Stage, fault: Fault) -> EmbeddedNode:
     """
     Return the server that a fault hits: one of the present replicas, or the present primary.
     """
-    if KINDS[fault.kind].scope == "replica":
+    if fault.scope == "replica":
         return stage.followers[fault.target % len(stage.followers)]
     return stage.primary
 
@@ -186,9 +193,9 @@ def _stop_replica_immediately(stage: Stage, fault: Fault) -> Halves:
 # The network between the clients and one server
 
 
-def _latency(stage: Stage, fault: Fault) -> Halves:
+def _latency(stage: Stage, fault: Fault, seconds: float) -> Halves:
     proxy = stage.proxies[target(stage, fault).name]
-    proxy.latency(fault.between(0.01, 0.4))
+    proxy.latency(fault.between(0.01, seconds))
     yield
     proxy.heal()
 
@@ -217,7 +224,7 @@ def _half_open(stage: Stage, fault: Fault) -> Halves:
 @_kind("replica", 1.0, 4.0)
 def _latency_of_replica(stage: Stage, fault: Fault) -> Halves:
     """Every packet between the clients and a replica takes 10 ms to 400 ms more."""
-    yield from _latency(stage, fault)
+    yield from _latency(stage, fault, 0.4)
 
 
 @_kind("replica", 1.0, 4.0)
@@ -240,8 +247,9 @@ def _half_open_replica(stage: Stage, fault: Fault) -> Halves:
 
 @_kind("primary", 1.0, 3.0)
 def _latency_of_primary(stage: Stage, fault: Fault) -> Halves:
-    """Every packet between the clients and the primary takes 10 ms to 400 ms more."""
-    yield from _latency(stage, fault)
+    """Every packet between the clients and the primary takes 10 ms to 100 ms more."""
+    # A read that only the primary may answer has some five round trips to make.
+    yield from _latency(stage, fault, 0.1)
 
 
 @_kind("primary", 0.5, 3.0)

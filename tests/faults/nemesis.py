@@ -18,9 +18,10 @@ from itertools import count
 from typing import Final, Literal
 
 from lsn_consistency import Lsn
-from tests.faults.kinds import KINDS, Fault, Halves, Loss, target
+from tests.faults.kinds import KINDS, Fault, Halves, Loss, Scope, target
 from tests.faults.stage import Stage
 
+_SCOPES: Final[tuple[Scope, ...]] = ("failover", "primary", "replica")
 Phase = Literal["breaks", "broken", "heals", "healed"]
 
 SETTLE_SECONDS: Final = (1.0, 2.0)
@@ -58,7 +59,8 @@ def schedule(
             second = _drawn(chance, partner, numbers, replicas, pace)
             if first.target == second.target:
                 second = replace(second, target=(second.target + 1) % replicas)
-            yield first, second
+            # What breaks last is healed first: without its primary no replica can be healed.
+            yield tuple(sorted((first, second), key=lambda fault: -_SCOPES.index(fault.scope)))
 
 
 def _drawn(
@@ -76,7 +78,7 @@ def _drawn(
 
 
 def _partner(first: Fault, deck: Iterable[str]) -> str | None:
-    taken = KINDS[first.kind].scope
+    taken = first.scope
     if taken == "failover":
         return None
     allowed = ("replica",) if taken == "primary" else ("replica", "primary")
@@ -133,7 +135,7 @@ class Episode:
         Return the primary that was deposed, if one was.
         """
         hit = zip(self.faults, self.nodes, strict=True)
-        return next((node for fault, node in hit if KINDS[fault.kind].scope == "failover"), None)
+        return next((node for fault, node in hit if fault.scope == "failover"), None)
 
 
 _LOSSES: Final[tuple[Loss, ...]] = ("nothing", "asynchronous", "acknowledged")

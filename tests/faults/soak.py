@@ -20,7 +20,8 @@ import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -243,6 +244,7 @@ class _Run:
             clients=options.clients,
             replicas=options.replicas,
             pairs=options.pairs,
+            grants=options.grants,
             sessions=sum(client.sessions for client in clients),
             operations=record.operations,
             judged_reads=sum(finding.reads for finding in record.findings),
@@ -293,10 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Run as the arguments say; return 0 if every criterion is met, else 1.
     """
     options, given = _parsed(arguments)
-    # Servers fail all the time here; what matters of it is counted.
-    for name in ("psycopg", "lsn_consistency"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    outcome = soak(options, lambda line: print(line, flush=True))
+    with _quiet("psycopg", "lsn_consistency"):
+        outcome = soak(options, lambda line: print(line, flush=True))
     page = markdown(outcome.summary)
     print(f"\n{page}")
     if given.markdown:
@@ -307,6 +307,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if failed:
         print(f"{len(failed)} criteria not met; replay: {options.command}")
     return 1 if failed else 0
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    # Servers fail all the time here; what matters of it is counted.
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _parsed(arguments: Sequence[str] | None) -> tuple[Options, argparse.Namespace]:
@@ -329,7 +343,8 @@ def _parsed(arguments: Sequence[str] | None) -> tuple[Options, argparse.Namespac
         "--grants",
         choices=sorted(GRANTS),
         default="statistics",
-        help="what the router's account may do: statistics is pg_read_all_stats (default)",
+        help="what the router's account may do: statistics is pg_read_all_stats (default), "
+        "replication that and REPLICATION; with none availability is not judged",
     )
     add("--json", type=Path, help="write the summary, and the history of violations, to a file")
     add("--markdown", type=Path, help="write the summary as Markdown to a file")

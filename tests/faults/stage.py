@@ -15,9 +15,11 @@ from types import MappingProxyType
 
 from lsn_consistency.lsn import Lsn
 from lsn_consistency.testing import EmbeddedCluster, EmbeddedNode, TcpProxy
+from lsn_consistency.testing._workspace import wait_until
 
 TABLE = "entries"
 CAUGHT_UP_SECONDS = 60.0
+STREAM_SECONDS = 2.0
 
 # What the clients write: each value is written once, to one key.
 _SCHEMA = f"""
@@ -79,10 +81,12 @@ class Stage:
     def stream(self, node: EmbeddedNode) -> TcpProxy:
         """
         Have a replica stream through a proxy from now on, until `Node.start_replication`.
+
+        A replica whose primary is away, or that is paused, does so later.
         """
         proxy = self.streams[self.primary.name]
         node.configure("primary_conninfo", proxy.conninfo)
-        node.wait_streaming()
+        wait_until(lambda: node.receiver_state() == "streaming", STREAM_SECONDS)
         return proxy
 
     def hold(self, seconds: float) -> None:

@@ -11,7 +11,6 @@ from typing import Final, NamedTuple
 
 from lsn_consistency import Position
 from tests.faults.attempts import Sample
-from tests.faults.kinds import KINDS
 from tests.faults.nemesis import Episode
 
 SAMPLE_SECONDS: Final = 1.0
@@ -46,7 +45,7 @@ class Unanswered(NamedTuple):
         episode = self.episode
         if episode is None or self.began > episode.healed:
             return None
-        if all(KINDS[fault.kind].scope == "replica" for fault in episode.faults):
+        if all(fault.scope == "replica" for fault in episode.faults):
             return None
         # After its end a pin is served by a replica that shows something later, which is known from
         # samples of the primary.

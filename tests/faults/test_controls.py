@@ -215,8 +215,7 @@ def _crash_into_the_past(pg: EmbeddedCluster) -> None:
     """
     replica = pg.replicas["replica_1"]
     replica.apply_delay(PAST_SECONDS)
-    replica.crash()
-    replica.start()
+    replica.crash_backend()
 
 
 def _catch_up(pg: EmbeddedCluster) -> None:

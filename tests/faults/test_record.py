@@ -5,20 +5,24 @@ What the nemesis run is made of, without servers: schedule, ledger, windows and 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lsn_consistency import Lsn, Position
+from lsn_consistency.testing import ClusterError
 from lsn_consistency.testing.checker import Operation
 from tests.faults.clients import KEYS
-from tests.faults.kinds import KINDS, Fault
+from tests.faults.kinds import KINDS, Fault, Halves, Kind, Scope, target
 from tests.faults.ledger import Ledger
-from tests.faults.nemesis import Episode, schedule
+from tests.faults.nemesis import Episode, Nemesis, schedule
 from tests.faults.record import Record, Vain, judge
+from tests.faults.stage import Stage
 from tests.faults.tally import Tally, Unanswered
 from tests.faults.verdict import KindSummary, Summary, failures, markdown
 
@@ -40,7 +44,7 @@ def test_every_kind_comes_before_any_comes_again(pairs: bool) -> None:
     """A round has every kind once, so a long run has about as many of each."""
     faults: list[Fault] = []
     for drawn in schedule(3, pairs=pairs):
-        faults.extend(drawn)
+        faults.extend(sorted(drawn, key=lambda fault: fault.number))
         if len(faults) == 2 * len(KINDS):
             break
     kinds = [fault.kind for fault in faults]
@@ -53,11 +57,12 @@ def test_every_kind_comes_before_any_comes_again(pairs: bool) -> None:
 def test_of_a_pair_no_two_hit_the_same_server() -> None:
     """Two faults at once hit two servers, at most one of them the primary, and move no primary."""
     for drawn in taken(200, 11, pairs=True):
-        scopes = [KINDS[fault.kind].scope for fault in drawn]
+        scopes = [fault.scope for fault in drawn]
         if len(drawn) == 2:
             assert "failover" not in scopes
             assert scopes.count("primary") <= 1
-            hit = [fault.target for fault in drawn if KINDS[fault.kind].scope == "replica"]
+            assert sorted(scopes, reverse=True) == scopes
+            hit = [fault.target for fault in drawn if fault.scope == "replica"]
             assert len(set(hit)) == len(hit)
 
 
@@ -66,6 +71,79 @@ def test_the_pace_stretches_all_times() -> None:
     for (slow,), (fast,) in zip(taken(40, 5), taken(40, 5, pace=0.5), strict=True):
         assert (slow.kind, slow.target, slow.strength) == (fast.kind, fast.target, fast.strength)
         assert slow.seconds == pytest.approx(2 * fast.seconds, abs=0.002)
+
+
+# The thread
+
+
+class FakeStage(Stage):
+    """A cluster without servers: takes down what is done to it."""
+
+    def __init__(self) -> None:
+        self.stopping = threading.Event()
+        self.done: list[str] = []
+
+    @property
+    def primary(self) -> Any:
+        return SimpleNamespace(name="primary")
+
+    @property
+    def followers(self) -> Any:
+        return [SimpleNamespace(name=f"replica_{number}") for number in (1, 2, 3)]
+
+    def hold(self, seconds: float) -> None:
+        if self.done:
+            self.done.append("hold")
+
+    def wait_settled(self) -> None:
+        self.done.append("settled")
+
+    def reached(self, *, promoted: bool) -> Lsn | None:
+        return None
+
+
+def carried_out(
+    monkeypatch: pytest.MonkeyPatch, broken: str | None = None
+) -> tuple[FakeStage, Nemesis]:
+    """Let a nemesis carry out one pair of kinds, of which one may not work."""
+
+    def kind(name: str, scope: Scope) -> Kind:
+        def halves(stage: Any, fault: Fault) -> Halves:
+            if name == broken:
+                raise ClusterError("no such luck")
+            stage.done.append(f"break {target(stage, fault).name}")
+            yield
+            stage.done.append(f"heal {target(stage, fault).name}")
+
+        return Kind(name, scope, (0.0, 0.0), "nothing", halves)
+
+    monkeypatch.setitem(KINDS, "first", kind("first", "replica"))
+    monkeypatch.setitem(KINDS, "second", kind("second", "primary"))
+    stage = FakeStage()
+    pair = tuple(Fault(1, name, 4, 0.0, 0.0, 0.0) for name in ("first", "second"))
+    nemesis = Nemesis(stage, iter([pair]), lambda episode, phase: stage.done.append(phase))
+    nemesis.start()
+    nemesis.stop()
+    return stage, nemesis
+
+
+def test_what_is_broken_is_healed_in_the_reverse_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both halves of both faults are carried out, and the cluster has its time to settle."""
+    stage, nemesis = carried_out(monkeypatch)
+
+    expected = ["breaks", "break replica_2", "break primary", "broken", "hold", "heals"]
+    expected += ["heal primary", "heal replica_2", "settled", "healed", "hold"]
+    assert expected == stage.done
+    assert [("replica_2", "primary")] == [episode.nodes for episode in nemesis.episodes]
+
+
+def test_a_fault_that_cannot_be_made_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was broken before it is healed, what was not is left alone, and the error is kept."""
+    stage, nemesis = carried_out(monkeypatch, broken="second")
+
+    assert ["breaks", "break replica_2", "heals", "heal replica_2"] == stage.done
+    assert "no such luck" in (nemesis.episodes[0].error or "")
+    assert not nemesis.running
 
 
 # The ledger
@@ -322,6 +400,7 @@ SUMMARY = Summary(
     clients=2,
     replicas=3,
     pairs=False,
+    grants="statistics",
     sessions=4,
     operations=3000,
     judged_reads=2000,
@@ -369,18 +448,32 @@ def test_a_wrong_run_fails(change: dict[str, Any], complaint: str) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"answered": 1997, "owed": 3}, "3 of 2000 reads were not answered"),
+        ({"owed": 3}, "3 of 2003 reads were not answered"),
         ({"p99_seconds": 3.1}, "p99 is 3.10 s, over the 3.00 s of wait_seconds 3"),
         ({"replica_share": 0.1}, "only 10% of the answers came from replicas"),
         ({"replica_share": None}, "only 0% of the answers came from replicas"),
     ],
 )
 def test_an_unavailable_kind_fails(change: dict[str, Any], complaint: str) -> None:
-    """A kind of fault is named with what was not good enough; two at a time may be."""
+    """
+    A kind of fault is named with what was not good enough.
+
+    Two faults at a time may be too much, and so may be a role that may not read timelines.
+    """
     summary = replace(SUMMARY, kinds=(replace(GOOD, **change),))
 
     assert f"pause_replay: {complaint}" in failures(summary)
     assert [] == failures(replace(summary, pairs=True))
+    assert [] == failures(replace(summary, grants="none"))
+
+
+def test_a_loaded_machine_may_be_given_more_time() -> None:
+    """The patience stretches the limit of a read, and nothing else."""
+    slow = replace(SUMMARY, kinds=(replace(GOOD, p99_seconds=5.0), replace(GOOD, owed=3)))
+
+    late, owed = failures(slow)
+    assert late.startswith("pause_replay: p99 is 5.00 s")
+    assert [owed] == failures(slow, patience=2.0)
 
 
 def test_one_unanswered_read_of_a_kind_is_no_rate() -> None:

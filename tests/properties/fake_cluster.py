@@ -60,6 +60,7 @@ class Connection:
         self.read_only: bool | None = endpoint.own_read_only
         self.session_read_only = False
         self.in_transaction = False
+        self.transactions = 0
 
     @property
     def is_alive(self) -> bool:
@@ -75,6 +76,8 @@ class Connection:
             self.life = self.server.life
 
     def run(self, statement: bytes) -> Row:
+        if not self.in_transaction:
+            self.transactions += 1
         server = self.server
         pid = self.pid + 1_000_000 if self.endpoint.pooled else self.pid
         if statement == _sql.BEGIN_READ_COMMITTED:
@@ -86,7 +89,7 @@ class Connection:
         elif statement == _sql.READ_WRITE:
             self.session_read_only = False
         else:
-            return server.answer(statement, pid)
+            return server.answer(statement, pid, self.transactions)
         return ()
 
     @property

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from lsn_consistency import Consistency, Position, Reason, Session, Token, _plans, _writes
 from lsn_consistency._plans import Lease
+from lsn_consistency._steps import Plan
 from lsn_consistency.exceptions import NoNodeAvailableError, RoutingError
 from lsn_consistency.lsn import Lsn
 from tests.properties.fake_cluster import TICK, UNIX_EPOCH, Endpoint, Operation, Simulation
@@ -143,11 +144,20 @@ class ReadWork(Work):
                 self.seen = conn.server.visible()
         else:
             conn.closed = True
-        # The block's end closes the transaction that the check opened.
-        conn.in_transaction = False
-        core = world.core
-        plan = _plans.close_read(core, self.client.session, lease, interrupted=interrupted)
-        return Operation(world, plan)
+        return Operation(world, self.end(lease, interrupted))
+
+    def end(self, lease: Lease, interrupted: bool) -> Plan[None]:
+        core, session = self.world.core, self.client.session
+        try:
+            if not interrupted:
+                yield from _plans.last_look(lease)
+        except BaseException:
+            interrupted = True
+            raise
+        finally:
+            # The block's end closes the transaction that the check opened.
+            lease.conn.in_transaction = False
+            yield from _plans.close_read(core, session, lease, interrupted=interrupted)
 
     def run(self, lease: Lease, server: Server) -> None:
         """Judge what the statement sees, by the truth."""

@@ -305,6 +305,10 @@ class ReadOnce:
         interrupted = False
         try:
             yield from self.process.execute(lease.conn, partial(self._see, lease, read))
+            if self.client.chance.random() < 0.2:
+                # The user has ended the transaction, and a pooler may change the server.
+                lease.conn.end_transaction()
+            yield from self.process.run(_plans.last_look(lease))
         except (ConnectionError, TimeoutError):
             world.count("reads lost on the way")
             self.shown = None
@@ -313,7 +317,7 @@ class ReadOnce:
             interrupted = True
             raise
         finally:
-            lease.conn.in_transaction = False
+            lease.conn.end_transaction()
             plan = _plans.close_read(core, session, lease, interrupted=interrupted)
             yield from self.process.run(plan)
         if self.shown is not None:

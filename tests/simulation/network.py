@@ -117,6 +117,7 @@ class Connection:
         self.read_only: bool | None = endpoint.own_read_only
         self.session_read_only = False
         self.in_transaction = False
+        self.transactions = 0
 
     @property
     def is_alive(self) -> bool:
@@ -133,7 +134,13 @@ class Connection:
                 self.server = chance.choice(alive)
                 self.life = self.server.life
 
+    def end_transaction(self) -> None:
+        """Be the end of a block, or a COMMIT of the user's."""
+        self.in_transaction = False
+
     def run(self, statement: bytes) -> Row:
+        if not self.in_transaction:
+            self.transactions += 1
         if statement == _sql.BEGIN_READ_COMMITTED:
             self.in_transaction = True
         elif statement == _sql.ROLLBACK:
@@ -144,7 +151,7 @@ class Connection:
             self.session_read_only = False
         else:
             pid = self.pid + 1_000_000 if self.endpoint.pooled else self.pid
-            return self.server.answer(statement, pid)
+            return self.server.answer(statement, pid, self.transactions)
         return ()
 
     @property

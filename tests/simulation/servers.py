@@ -239,18 +239,18 @@ class Server:
 
     # What it says
 
-    def answer(self, statement: bytes, pid: int) -> Row:
-        """Run a statement of `_sql` that asks for something."""
+    def answer(self, statement: bytes, pid: int, transaction: int = 0) -> Row:
+        """Run a statement of `_sql` that asks for something, in a numbered transaction."""
         if statement in (_sql.PROBE, _sql.IDENTIFY) and not self.wal_functions:
             raise NodeFailure(PermissionError("permission denied"), state="42501")
         if statement == _sql.PROBE:
             return self.probe_row(pid)
         if statement == _sql.IDENTIFY:
-            return [*self.probe_row(pid), *self.identity_row(pid)]
+            return [*self.probe_row(pid), *self.identity_row(pid, transaction)]
         if statement == _sql.IDENTIFY_WITHOUT_WAL:
             recovery = "f" if self.is_primary else "t"
             known = (str(pid), recovery, None, None, None, None, None, "f", "f", None, None)
-            _, *place, session = self.identity_row(pid)
+            _, *place, session = self.identity_row(pid, transaction)
             return (*known, "0", *place[:3], "8192", "16777216", "0", session)
         timeline = self.log.timeline if self.is_primary else self.log.timeline_at(self.replay)
         if statement == _sql.IDENTIFY_SYSTEM:
@@ -287,7 +287,7 @@ class Server:
         # It is NULL until something was replayed after a start.
         return str(Lsn(self.replay)) if self.replay_known else None
 
-    def identity_row(self, pid: int) -> Row:
+    def identity_row(self, pid: int, transaction: int) -> Row:
         return (
             str(self.system),
             self.name,
@@ -296,7 +296,7 @@ class Server:
             str(BLOCK),
             str(SEGMENT),
             str(FLUSH_DELAY / 3),
-            f"{pid} 2000-01-01",
+            f"{pid} {self.name} {transaction}",
         )
 
 

@@ -61,6 +61,7 @@ def test_a_standby() -> None:
         timeline_is_certain=True,
         streaming=True,
         switch_point=None,
+        begun_timeline=1,
     )
     assert expected == seen(STANDBY)
 
@@ -257,6 +258,14 @@ def test_the_timeline_of_a_standby(
     """The greater of restartpoint and walreceiver; the restartpoint alone is a lower bound."""
     observed = seen(STANDBY, timeline=known, received=received)
     assert (timeline, certain) == (observed.timeline, observed.timeline_is_certain)
+
+
+@pytest.mark.parametrize("known", ["1", "2", None])
+def test_a_timeline_has_begun_with_a_restartpoint_on_it(known: str | None) -> None:
+    """What is received or followed may still lie ahead; a restartpoint was replayed."""
+    observed = seen(STANDBY, timeline=known, received="3")
+    assert (3, known and int(known)) == (observed.timeline, observed.begun_timeline)
+    assert 2 == seen(PRIMARY, timeline="2").begun_timeline
 
 
 def test_the_timeline_of_a_primary_is_its_own() -> None:

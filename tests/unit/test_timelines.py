@@ -346,6 +346,79 @@ def test_what_was_not_watched_from_end_to_end_is_not_learned(
     assert [None, None] == [known.contains(each, at(1, 1)) for each in (2, 3)]
 
 
+# Positions in a timeline's own part
+
+
+def leading(lsn: int | None, *, timeline: int | None = 2, place: str = "n") -> Observation:
+    """Observe a primary at a position."""
+    seen = observed(place, timeline=timeline, recovery=False, begun_timeline=timeline)
+    return replace(seen, lsn=None if lsn is None else Lsn(lsn))
+
+
+def test_on_the_first_timeline_every_position_is_its_own() -> None:
+    """There is nothing before it."""
+    known = Timelines()
+    assert at(1, 5) == known.own_position(observed(), Lsn(5))
+    assert known.own_position(observed(), None) is None
+    assert known.own_position(observed(timeline=None), Lsn(5)) is None
+
+
+def test_after_a_restartpoint_on_a_timeline_positions_are_its_own() -> None:
+    """It was replayed, so the shared part is past."""
+    known = Timelines()
+    begun = observed(timeline=3, begun_timeline=3)
+    assert at(3, 5) == known.own_position(begun, Lsn(5))
+    assert at(2, 5) == known.own_position(leading(5), Lsn(5))
+
+
+@pytest.mark.parametrize("begun", [None, 1])
+def test_in_the_shared_part_a_position_is_raised_or_unknown(begun: int | None) -> None:
+    """(2, 5) from before the switch point would outrank (1, 900), and stand for less."""
+    known = Timelines()
+    follows = observed(timeline=2, begun_timeline=begun)
+    assert known.own_position(follows, Lsn(5)) is None
+    known.lead(leading(1040))
+    assert [at(2, 1040), at(2, 1040), at(2, 1041)] == [
+        known.own_position(follows, Lsn(lsn)) for lsn in (5, 1040, 1041)
+    ]
+    other = replace(follows, server=server(system=8))
+    assert known.own_position(other, Lsn(5)) is None
+    assert known.own_position(replace(follows, timeline=3), Lsn(5)) is None
+
+
+def test_a_primary_without_a_position_raises_nothing() -> None:
+    """NULL tells of no beginning."""
+    known = Timelines()
+    known.lead(leading(None))
+    known.lead(leading(1040, timeline=None))
+    assert known.own_position(observed(timeline=2), Lsn(5)) is None
+
+
+def test_memory_of_beginnings_is_bounded() -> None:
+    """However many promotions there are."""
+    known = Timelines()
+    for timeline in range(2, 500):
+        known.lead(leading(1000 + timeline, timeline=timeline))
+    told = [
+        timeline
+        for timeline in range(2, 500)
+        if known.own_position(observed(timeline=timeline), Lsn(5)) is not None
+    ]
+    assert list(range(500 - MAX_HISTORIES, 500)) == told
+
+
+def test_another_leader_of_the_same_number_ends_what_was_known() -> None:
+    """The history and the beginning of one promotion say nothing of the other."""
+    known = Timelines()
+    known.learn(server("n"), complete(2, t1=1000))
+    known.lead(leading(1040))
+    known.lead(leading(1100))
+    assert known.contains(2, at(1, 1000)) is True
+    known.lead(leading(940, place="m"))
+    assert known.contains(2, at(1, 1000)) is None
+    assert at(2, 940) == known.own_position(observed(timeline=2), Lsn(5))
+
+
 # What a server was seen to follow
 
 
