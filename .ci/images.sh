@@ -18,7 +18,7 @@ set -euo pipefail
 umask 022
 
 readonly PULL_SECONDS=300
-readonly MAKE_SECONDS=300
+readonly MAKE_SECONDS=600
 readonly DEBIAN=http://deb.debian.org/debian
 
 # What postgresql-19 needs of sid; installing the package whole would take far more.

@@ -16,6 +16,7 @@ import pytest
 
 from lsn_consistency import Lsn, Position
 from lsn_consistency.testing import ClusterError
+from lsn_consistency.testing._workspace import wait_until
 from lsn_consistency.testing.checker import Operation
 from tests.faults.clients import KEYS
 from tests.faults.kinds import KINDS, Fault, Halves, Kind, Scope, target
@@ -123,6 +124,7 @@ def carried_out(
     pair = tuple(Fault(1, name, 4, 0.0, 0.0, 0.0) for name in ("first", "second"))
     nemesis = Nemesis(stage, iter([pair]), lambda episode, phase: stage.done.append(phase))
     nemesis.start()
+    assert wait_until(lambda: not nemesis.running, 30)
     nemesis.stop()
     return stage, nemesis
 
