@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, Literal
 
 import psycopg
@@ -245,21 +244,19 @@ class ContainerNode(StoredNode):
         """
         Return where the log ends now.
         """
-        return len(self._machine.read(_LOG))
+        return len(self._machine.read(_LOG) or b"")
 
     def log_since(self, mark: int) -> str:
         """
         Return what was logged since a mark.
         """
-        return self._machine.read(_LOG)[mark:].decode("utf-8", "replace")
+        return (self._machine.read(_LOG) or b"")[mark:].decode("utf-8", "replace")
 
     def log_tail(self) -> str:
         """
         Return the last lines of the log, or an empty text when there is none.
         """
-        with suppress(ClusterError):
-            return last_lines(self._machine.read(_LOG))
-        return ""
+        return last_lines(self._machine.read(_LOG) or b"")
 
     # -- files ----------------------------------------------------------------------------------
 
@@ -283,10 +280,8 @@ class ContainerNode(StoredNode):
 
     def _read(self, file: str) -> str | None:
         """Return a file of the data directory, None if there is none."""
-        try:
-            return self._machine.read(f"{_DATA}/{file}").decode("utf-8", "replace")
-        except ClusterError:
-            return None
+        found = self._machine.read(f"{_DATA}/{file}")
+        return None if found is None else found.decode("utf-8", "replace")
 
     def _write(self, file: str, text: str) -> None:
         """Replace a file of the data directory."""

@@ -263,10 +263,7 @@ class Machine:
         End every process of the machine at once.
         """
         with _engine_errors(f"the machine {self.name} could not be killed"):
-            self._docker.reload()
-            if self._docker.attrs["State"]["Paused"]:
-                # A signal reaches no process that is held; it ends in the moment it goes on.
-                self._docker.unpause()
+            # Of a paused one the engine lets the processes go on when the signal waits for them.
             self._docker.kill("SIGKILL")
             self._docker.wait(timeout=ENGINE_SECONDS)
 
@@ -351,12 +348,17 @@ class Machine:
                 return False, None
         return bool(found["Running"]), found["ExitCode"]
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str) -> bytes | None:
         """
-        Return the content of a file, also while the machine is down; `ClusterError` if none.
+        Return the content of a file, also while the machine is down; None if there is no such.
         """
+        from docker.errors import NotFound
+
         with _engine_errors(f"{path} could not be read on {self.name}"):
-            chunks, _ = self._docker.get_archive(path)
+            try:
+                chunks, _ = self._docker.get_archive(path)
+            except NotFound:
+                return None
             archive = BytesIO(b"".join(chunks))
         with tarfile.open(fileobj=archive) as files:
             content = files.extractfile(files.getmembers()[0])

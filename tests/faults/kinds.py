@@ -241,7 +241,7 @@ def _reset_of_replica(stage: Stage, fault: Fault) -> Halves:
 
 @_kind("replica", 1.0, 4.0)
 def _half_open_replica(stage: Stage, fault: Fault) -> Halves:
-    """A replica hears its clients, and what it answers does not arrive."""
+    """A replica's connections end on its side, and its clients are not told."""
     yield from _half_open(stage, fault)
 
 
@@ -266,7 +266,7 @@ def _reset_of_primary(stage: Stage, fault: Fault) -> Halves:
 
 @_kind("primary", 0.5, 3.0)
 def _half_open_primary(stage: Stage, fault: Fault) -> Halves:
-    """The primary hears its clients, and what it answers does not arrive."""
+    """The primary's connections end on its side, and its clients are not told."""
     yield from _half_open(stage, fault)
 
 
@@ -340,7 +340,7 @@ def _failover(stage: Stage, fault: Fault) -> Halves:
 
 @_kind("failover", 0.5, 2.0, "acknowledged")
 def _failover_with_loss(stage: Stage, fault: Fault) -> Halves:
-    """The same, and for up to a second nothing that the old primary committed was replicated."""
+    """A failover before which, for up to a second, nothing of what was committed was replicated."""
     old = stage.primary
     for node in stage.followers:
         node.stop_replication()

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from lsn_consistency._observation import Observation
-from tests.faults.soak import Options, main, soak
-from tests.faults.verdict import failures, markdown
+from tests.faults.page import markdown
+from tests.faults.run import Options, soak
+from tests.faults.soak import main
+from tests.faults.verdict import failures
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -22,10 +22,11 @@ from tests.faults.clients import KEYS
 from tests.faults.kinds import KINDS, Fault, Halves, Kind, Scope, target
 from tests.faults.ledger import Ledger
 from tests.faults.nemesis import Episode, Nemesis, schedule
+from tests.faults.page import markdown
 from tests.faults.record import Record, Vain, judge
 from tests.faults.stage import Stage
 from tests.faults.tally import Tally, Unanswered
-from tests.faults.verdict import KindSummary, Summary, failures, markdown
+from tests.faults.verdict import KindSummary, Summary, failures
 
 # The schedule
 

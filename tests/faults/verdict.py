@@ -1,5 +1,5 @@
 """
-What a run amounts to: the criteria, and the summary as text, JSON and Markdown.
+What a run amounts to, and the criteria.
 
 Pure: a `Summary` is plain numbers and texts, `failures` says which criteria it does not meet.
 """
@@ -21,9 +21,6 @@ FORGIVEN: Final = 1
 
 REPLICA_SHARE: Final = 0.5
 """The least share of replicas in the answers while a fault touches one replica of three."""
-
-SHOWN: Final = 5
-"""How many unanswered reads of a kind the page shows."""
 
 ENOUGH_READS: Final = 50
 """A kind of fault with fewer reads while it lasted says nothing about shares."""
@@ -193,111 +190,3 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "exception_rate": summary.exception_rate,
         "failures": failures(summary),
     }
-
-
-def markdown(summary: Summary) -> str:
-    """
-    Return the summary as a section of a page.
-    """
-    return "\n".join([*_facts(summary), "", *_table(summary), "", *_notes(summary), ""])
-
-
-def _facts(summary: Summary) -> Iterator[str]:
-    yield f"`{summary.command}`"
-    yield ""
-    yield "| | |"
-    yield "|---|---|"
-    for name, value in _rows(summary):
-        yield f"| {name} | {value} |"
-
-
-def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
-    lost = summary.lost
-    faults = sum(kind.times for kind in summary.kinds)
-    yield "seed", str(summary.seed)
-    yield "PostgreSQL", str(summary.version)
-    yield "cluster", f"a primary and {summary.replicas} replicas"
-    yield "time", f"{summary.minutes:.1f} minutes, {faults} faults"
-    yield "clients", f"{summary.clients}, {summary.sessions:,} sessions"
-    yield "operations", _counted(summary)
-    yield "reads judged", f"{summary.judged_reads:,}"
-    yield "**violations**", f"**{len(summary.violations)}**"
-    yield (
-        "exceptions from replica to primary",
-        f"{summary.exceptions}, {summary.exception_rate:.3%} of "
-        f"{summary.from_replica_to_primary:,} reads in which one could have come",
-    )
-    yield (
-        "acknowledged writes lost",
-        f"{lost.get('acknowledged', 0)} in failovers, {lost.get('asynchronous', 0)} asynchronous "
-        f"ones in crashes, {len(summary.problems)} without excuse",
-    )
-    yield (
-        "reads that asked for a lost position",
-        f"{summary.lost_positions}; sessions that did so twice: {len(summary.stuck)}",
-    )
-    yield (
-        "reads answered",
-        f"{summary.availability:.4%} of the {summary.reads:,} that a server was left for",
-    )
-    yield "reads that no server was left for", _listed(summary.excused) or "0"
-    yield "limit of a read", f"{summary.limit_seconds:g} s: {summary.limit_text}"
-
-
-def _counted(summary: Summary) -> str:
-    return f"{summary.operations:,}; values written: {_listed(summary.outcomes)}"
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
-
-
-_HEADERS: Final = (
-    "fault",
-    "times",
-    "seconds",
-    "reads",
-    "answered",
-    "unanswered",
-    "excused",
-    "median",
-    "p99",
-    "longest",
-    "from replicas",
-)
-
-
-def _table(summary: Summary) -> Iterator[str]:
-    yield f"| {' | '.join(_HEADERS)} |"
-    yield "|---" + "|---:" * (len(_HEADERS) - 1) + "|"
-    for kind in summary.kinds:
-        yield f"| {' | '.join(_cells(kind))} |"
-
-
-def _cells(kind: KindSummary) -> Iterator[str]:
-    yield kind.name
-    yield str(kind.times)
-    yield f"{kind.seconds:.0f}"
-    yield f"{kind.reads:,}"
-    yield f"{kind.availability:.3%}"
-    yield str(kind.owed)
-    yield str(sum(kind.excused.values()))
-    for seconds in (kind.median_seconds, kind.p99_seconds, kind.max_seconds):
-        yield f"{seconds * 1000:.0f} ms"
-    yield "" if kind.replica_share is None else f"{kind.replica_share:.0%}"
-
-
-def _notes(summary: Summary) -> Iterator[str]:
-    failed = failures(summary)
-    yield "Every criterion is met." if not failed else "Not met:"
-    yield from (f"* {line}" for line in failed)
-    for kind in summary.kinds:
-        if kind.examples:
-            yield ""
-            yield f"Not answered during {kind.name}:"
-            yield ""
-            yield from (f"* {_one_line(example)}" for example in kind.examples[:SHOWN])
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

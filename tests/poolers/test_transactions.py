@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
+
 from lsn_consistency.testing import EmbeddedCluster, PgBouncer, Replica
 from tests.cluster.harness import App, wait_until
 from tests.poolers.pgbouncer import OpenThrough
@@ -67,6 +69,7 @@ def test_each_read_is_checked_in_its_own_transaction(
     assert (pooler.pool_mode == "transaction") == (len(pairs) > len({one for one, _ in pairs}))
 
 
+@pytest.mark.parametrize("mode", ["transaction"], indirect=True)
 def test_on_a_direct_connection_nothing_is_added(
     through: OpenThrough, pg: EmbeddedCluster, table: str
 ) -> None:
