@@ -202,12 +202,11 @@ def _raced(
             yield from _drop(core, lease, clean=True)
         elif lease.level.advances_on_reads:
             pin(core, session, "the read was interrupted")
-        yield Spawn(_abandon(race.losers), None)
+        yield from _abandon(race)
         raise
     if not has_room:
         return (yield from _alone(core, session, lease, work))
-    if race.losers:
-        yield Spawn(_abandon(race.losers), None)
+    yield from _abandon(race)
     return _judged(core, session, race)
 
 
@@ -277,6 +276,11 @@ def _run(core: Core, session: Session, run: Run, work: Work) -> Plan[None]:
         run.race.leave(run)
 
 
-def _abandon(losers: Sequence[Run]) -> Plan[None]:
-    for run in losers:
-        yield Abandon(run)
+def _abandon(race: Race) -> Plan[None]:
+    # Beside the caller, which has its answer, and beside each other: one may hang.
+    for run in race.losers:
+        yield Spawn(_end(run), None)
+
+
+def _end(run: Run) -> Plan[None]:
+    yield Abandon(run)

@@ -93,6 +93,7 @@ class Threads(Workers):
             with step.work.running(), step.conn as conn:
                 ended = Ended(step.work.fn(conn, *step.work.args))
                 self._run(step.last)
+            ended = ended._replace(clean=_wire.is_idle(step.conn))
         except BaseException as error:
             if step.run is None and not isinstance(error, Exception):
                 raise
@@ -175,6 +176,7 @@ class Tasks(Workers):
                 async with step.conn as conn:
                     ended = Ended(await step.work.fn(conn, *step.work.args))
                     await self._run(step.last)
+            ended = ended._replace(clean=_wire.is_idle(step.conn))
         except BaseException as error:
             if step.run is None and not isinstance(error, Exception):
                 raise

@@ -41,7 +41,8 @@ counts for it too. *Excused* are reads for which no server was left that could h
 promise while the primary was away: those of `STRONG`; of sessions that are [pinned to the
 primary](guarantees.md) because the position of a write, or of an interrupted read, could not be
 taken; of sessions that are ahead of every replica; and of `bounded`, which needs the primary to
-tell how old a replica is. All others are owed an answer. *From replicas* is the share of replicas
+tell how old a replica is. All others are owed an answer, and while a fault
+hits a replica nothing is excused. *From replicas* is the share of replicas
 in the answers while the fault was there.
 """
 
@@ -110,7 +111,8 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
     )
     yield (
         "reads answered",
-        f"{summary.availability:.4%} of the {summary.reads:,} that a server was left for",
+        f"{summary.availability:.4%} of the {summary.reads:,} that a server was left for, "
+        f"{summary.answered_of_all:.2%} of all",
     )
     yield "reads that no server was left for", _listed(summary.excused) or "0"
     yield "limit of a read", f"{summary.limit_seconds:g} s: {summary.limit_text}"

@@ -35,6 +35,12 @@ GRANTS = {
     "replication": "GRANT pg_read_all_stats TO app; ALTER ROLE app REPLICATION",
 }
 _SETTINGS = {
+    # Pages are hardly written back and restartpoints are rare, so a replica that crashes comes
+    # back far in the past.
+    "shared_buffers": "64MB",
+    "bgwriter_lru_maxpages": "0",
+    "checkpoint_timeout": "1h",
+    "max_wal_size": "4GB",
     # A fast stop waits for replicas to receive everything, and a black hole swallows it for ever.
     "wal_sender_timeout": "5s",
     "wal_receiver_timeout": "5s",

@@ -455,6 +455,7 @@ def test_a_wrong_run_fails(change: dict[str, Any], complaint: str) -> None:
         ({"p99_seconds": 3.1}, "p99 is 3.10 s, over the 3.00 s of wait_seconds 3"),
         ({"replica_share": 0.1}, "only 10% of the answers came from replicas"),
         ({"replica_share": None}, "only 0% of the answers came from replicas"),
+        ({"name": "failover", "replica_share": 0.2}, "only 20% of the answers came from replicas"),
     ],
 )
 def test_an_unavailable_kind_fails(change: dict[str, Any], complaint: str) -> None:
@@ -465,7 +466,7 @@ def test_an_unavailable_kind_fails(change: dict[str, Any], complaint: str) -> No
     """
     summary = replace(SUMMARY, kinds=(replace(GOOD, **change),))
 
-    assert f"pause_replay: {complaint}" in failures(summary)
+    assert f"{change.get('name', 'pause_replay')}: {complaint}" in failures(summary)
     assert [] == failures(replace(summary, pairs=True))
     assert [] == failures(replace(summary, grants="none"))
 

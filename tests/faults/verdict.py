@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from tests.faults.kinds import KINDS
+from tests.faults.kinds import KINDS, Scope
 
 AVAILABILITY: Final = 0.999
 """The share of reads that must be answered, in the whole run and during each kind of fault."""
@@ -19,8 +19,8 @@ AVAILABILITY: Final = 0.999
 FORGIVEN: Final = 1
 """Unanswered reads of one kind of fault that are no verdict: a short run has too few for a rate."""
 
-REPLICA_SHARE: Final = 0.5
-"""The least share of replicas in the answers while a fault touches one replica of three."""
+REPLICA_SHARES: Final[Mapping[Scope, float]] = {"replica": 0.5, "failover": 0.25, "primary": 0.0}
+"""The least share of replicas in the answers while a fault is there, by whom it hits."""
 
 ENOUGH_READS: Final = 50
 """A kind of fault with fewer reads while it lasted says nothing about shares."""
@@ -133,6 +133,14 @@ class Summary:
         return 1 - self.owed / self.reads if self.reads else 0.0
 
     @property
+    def answered_of_all(self) -> float:
+        """
+        Return the share of answers among all reads, also those that nobody could answer.
+        """
+        total = self.reads + self.excused.total()
+        return (self.reads - self.owed) / total if total else 0.0
+
+    @property
     def exception_rate(self) -> float:
         """
         Return the exceptions per read of the primary after one of the same key on a replica.
@@ -174,10 +182,10 @@ def _unavailable(summary: Summary, patience: float) -> Iterator[str]:
                 f"{kind.name}: p99 is {kind.p99_seconds:.2f} s, over the "
                 f"{summary.limit_seconds:.2f} s of {summary.limit_text}"
             )
-        touches_replica = kind.name in KINDS and KINDS[kind.name].scope == "replica"
-        share = kind.replica_share
-        if touches_replica and kind.active_reads >= ENOUGH_READS and (share or 0) < REPLICA_SHARE:
-            yield f"{kind.name}: only {share or 0:.0%} of the answers came from replicas"
+        floor = REPLICA_SHARES[KINDS[kind.name].scope] if kind.name in KINDS else 0.0
+        if kind.active_reads >= ENOUGH_READS and (kind.replica_share or 0.0) < floor:
+            share = kind.replica_share or 0.0
+            yield f"{kind.name}: only {share:.0%} of the answers came from replicas"
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
@@ -187,6 +195,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
     return {
         **asdict(summary),
         "availability": summary.availability,
+        "answered_of_all": summary.answered_of_all,
         "exception_rate": summary.exception_rate,
         "failures": failures(summary),
     }

@@ -5,11 +5,12 @@ Play seeds: ``python -m tests.simulation --seeds 5000``, or one again with ``--s
 from __future__ import annotations
 
 import argparse
+import ast
 import sys
 import time
 import traceback
 from collections import Counter
-from typing import Final
+from typing import Any, Final
 
 from tests.simulation.world import BUSY_SECONDS, play
 
@@ -24,6 +25,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1000, help="how many seeds to play")
     parser.add_argument("--start", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="play this one only")
+    parser.add_argument("--fix", default="", help="part of the shape, as in pooled=True;clients=2")
+    parser.add_argument("--faults", help="only these kinds, with commas")
     parser.add_argument("--first", action="store_true", help="stop at the first that fails")
     parser.add_argument("--seconds", type=float, default=BUSY_SECONDS, help="of virtual time")
     parser.add_argument("--verbose", action="store_true", help="print what happens")
@@ -31,13 +34,18 @@ def main() -> int:
     seeds = (
         [given.seed] if given.seed is not None else range(given.start, given.start + given.seeds)
     )
+    fixed = dict(part.split("=") for part in given.fix.split(";") if part)
+    fixed = {name: _value(text) for name, text in fixed.items()}
+    if given.faults is not None:
+        fixed["faults"] = frozenset(given.faults.split(","))
     counts: Counter[str] = Counter()
     failed: list[int] = []
     status = 0
     started = time.process_time()
     for seed in seeds:
         try:
-            counts += play(seed, seconds=given.seconds, verbose=given.verbose).counts
+            world = play(seed, fixed=fixed, seconds=given.seconds, verbose=given.verbose)
+            counts += world.counts
         except Exception as error:
             failed.append(seed)
             status = max(status, BROKEN if isinstance(error, AssertionError) else CRASHED)
@@ -52,6 +60,13 @@ def main() -> int:
     speed = len(seeds) / took
     print(f"{len(seeds)} seeds in {took:.1f} s of CPU, {speed:.1f} a second; failed: {failed}")
     return status
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except ValueError:
+        return text
 
 
 def replay_command(seed: int) -> str:

@@ -32,7 +32,7 @@ THREAD_SECONDS: Final = 0.01
 KEYS: Final = ("x", "y", "z")
 NO_GUARANTEE: Final[frozenset[Guarantee]] = frozenset()
 OWN_WRITES: Final[frozenset[Guarantee]] = frozenset({"read_your_writes"})
-BOUNDED: Final = Consistency.bounded(0.9)
+BOUNDED: Final = Consistency.bounded(0.25)
 LEVELS: Final = (
     *(Consistency.CAUSAL,) * 8,
     Consistency.READ_YOUR_WRITES,
@@ -69,7 +69,7 @@ class Client:
         while units():
             process = self.chance.choice(self.world.processes)
             try:
-                yield self.chance.expovariate(1 / self.world.think_seconds)
+                yield self.chance.expovariate(1 / self.world.shape.think_seconds)
                 yield from self.unit(process)
             except Cancelled:
                 self.world.count("cancelled operations")
@@ -153,7 +153,7 @@ class Client:
             commit = server.log.commit(
                 self.world.loop.now, asynchronous=True, key="own", value=self.world.next_value()
             )
-            self.world.written(commit)
+            self.world.written(commit, server.log)
             yield from process.run(_writes.capture(core, session))
             assert session.wrote
             if _covers(session, commit) or _is_pinned(session, process):
@@ -218,8 +218,8 @@ class Write:
             # The transaction is rolled back; it has written WAL all the same.
             yield from self.process.execute(conn, lambda: conn.server.log.write())
             return
-        hold = chance.choice((0.0005, 0.001, 0.004, self.world.commit_seconds))
-        asynchronous = chance.random() < self.world.asynchronous_share
+        hold = chance.choice((0.0005, 0.001, 0.004, self.world.shape.commit_seconds))
+        asynchronous = chance.random() < self.world.shape.asynchronous
         work = partial(self._commit, conn, hold, asynchronous)
         yield from self.process.execute(conn, work, hold)
         self.outcome = "ok"
@@ -240,7 +240,7 @@ class Write:
         )
         log.pending.add(commit)
         world.loop.call_later(hold, lambda: log.pending.discard(commit))
-        world.written(commit)
+        world.written(commit, log)
         self.commit = commit
 
     def _note(self, began: float, token_in: Token) -> None:
@@ -373,7 +373,7 @@ class ReadOnce:
 
     def _judge_lag(self, lease: Lease, server: Server, read: Read) -> None:
         route = lease.route
-        if route.reason not in (Reason.CAUGHT_UP, Reason.WITHIN_LAG):
+        if route.reason not in (Reason.CAUGHT_UP, Reason.WITHIN_LAG) or self.world.is_split:
             return
         if read.lag_limit < 1e9 and server.log.timeline < self.timeline:
             raise Violated(f"{self.client.name}: {server.name} is on an abandoned timeline")

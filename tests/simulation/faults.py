@@ -1,8 +1,5 @@
 """
 What goes wrong, and when: a schedule of faults that only the seed decides.
-
-Each run enables some kinds of faults and leaves the others out, so that rare combinations are not
-drowned by frequent ones (swarm testing, Groce et al., 2012).
 """
 
 from __future__ import annotations
@@ -17,11 +14,11 @@ from lsn_consistency.tokens import MAX_SYSTEMS
 from tests.simulation.clients import Cancelled, Client
 from tests.simulation.loop import Steps, Task
 from tests.simulation.servers import UNIT, Server
+from tests.simulation.shape import FAULTS
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-RARE: Final = {"full token": 0.08, "same timeline": 0.2, "revoke": 0.2, "restore": 0.25}
 SHARES: Final = (0.0, 0.2, 0.6, 1.0)
 
 
@@ -45,7 +42,6 @@ class Faults:
             "partition": self._partition,
             "slow link": self._slow_link,
             "failover": self._failover,
-            "second failover": self._failover,
             "zombie": self._zombie,
             "same timeline": self._same_timeline,
             "restore": self._restore,
@@ -58,10 +54,10 @@ class Faults:
             "hand over": self._hand_over,
             "full token": self._fill_token,
         }
-        chosen = [name for name in kinds if chance.random() < RARE.get(name, 0.45)]
-        self.kinds = {name: kinds[name] for name in {*chosen, "hand over", "follow"}}
-        self.names = sorted(self.kinds)
-        self.pause_seconds = chance.choice((0.06, 0.12, 0.3))
+        # The others are of no use without these two.
+        enabled = world.shape.faults | {"hand over", "follow"}
+        self.kinds = {name: kinds[name] for name in FAULTS if name in enabled}
+        self.names = list(self.kinds)
 
     def start(self, tasks: Mapping[Client, Task]) -> None:
         self.tasks = tasks
@@ -69,7 +65,7 @@ class Faults:
 
     def _run(self) -> Steps:
         while self.active:
-            yield self.chance.expovariate(1 / self.pause_seconds)
+            yield self.chance.expovariate(1 / self.world.shape.fault_seconds)
             if self.active:
                 name = self.chance.choice(self.names)
                 if self.kinds[name]() is not False:
@@ -147,7 +143,7 @@ class Faults:
 
     def _notice(self, server: Server) -> None:
         """A server that dies closes its sockets, unless its host died with it."""
-        if self.world.silent:
+        if self.world.shape.silent:
             return
         for process in self.world.processes:
             if self.world.network.is_cut(process.name, server.name):

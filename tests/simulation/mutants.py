@@ -1,15 +1,16 @@
 """
 Mutants: small wrong changes of what decides, each against one rule, and proof that each is found.
 
-``python -m tests.simulation.mutants`` makes a copy of the package for each, plays seeds against it
-and, where those do not find it, runs a property test; it prints what killed which. A mutant that
-lives, or whose text has gone from the source, fails the check. Further arguments name mutants.
+``python -m tests.simulation.mutants`` makes a copy of the package for each and plays seeds against
+it until one fails; it prints which. A mutant that lives, or whose text has gone from the source,
+fails the check. Further arguments name mutants.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,10 +28,11 @@ from tests.simulation.__main__ import BROKEN
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = Path(lsn_consistency.__file__).parent
-SEEDS: Final = 400
+SEEDS: Final = 200
 LIMIT_SECONDS: Final = 240
-DECISION: Final = "tests/properties/test_decision_machine.py"
-PLANS: Final = "tests/properties/test_plan_machine.py"
+LAG: Final = ("--faults", "lag,pause,hold,delay,freeze,slow link", "--fix", "max_lag_seconds=0.4")
+CRASHES: Final = ("--faults", "crash,lag,pause,hold", "--fix", "pooled=False;silent=True")
+FAILOVERS: Final = ("--faults", "failover,zombie,follow,partition,stop,lag,hold")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Mutant:
     """
     Name a wrong change and the rule that it breaks.
 
-    ``tests`` are asked where ``SEEDS`` seeds do not find it, or first if ``tests_first``.
+    ``arguments`` of the simulation make the worlds in which the rule matters frequent.
     """
 
     name: str
@@ -46,8 +48,7 @@ class Mutant:
     module: str
     old: str
     new: str
-    tests: tuple[str, ...] = ()
-    tests_first: bool = False
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ MUTANTS: Final = (
         "_observation.py",
         "return self.timeline == required.timeline and self.lsn >= required.lsn",
         "return self.lsn >= required.lsn",
+        FAILOVERS,
     ),
     Mutant(
         "NULL is caught up",
@@ -85,6 +87,7 @@ MUTANTS: Final = (
         "_observation.py",
         "if self.lsn is None or self.timeline is None:\n            return None",
         "if self.lsn is None or self.timeline is None:\n            return True",
+        CRASHES,
     ),
     Mutant(
         "the age of an observation does not count",
@@ -92,6 +95,7 @@ MUTANTS: Final = (
         "_observation.py",
         "return now - max(self._inserts",
         "return seen.received_at - max(self._inserts",
+        LAG,
     ),
     Mutant(
         "flush positions count at once",
@@ -99,6 +103,7 @@ MUTANTS: Final = (
         "_observation.py",
         "if seen.sent_at - self._still_since >= seen.flush_delay_seconds:",
         "if True:",
+        (*LAG, "--fix", "max_lag_seconds=0.4;asynchronous=0.5"),
     ),
     Mutant(
         "samples are taken when they arrive",
@@ -106,6 +111,7 @@ MUTANTS: Final = (
         "_observation.py",
         "self._inserts.add(seen.sent_at, seen.lsn)",
         "self._inserts.add(seen.received_at, seen.lsn)",
+        LAG,
     ),
     Mutant(
         "samples survive that the primary goes back",
@@ -113,6 +119,7 @@ MUTANTS: Final = (
         "_observation.py",
         "if origin != self._origin or went_back:",
         "if origin != self._origin:",
+        ("--faults", "restore,crash,lag,pause", "--fix", "asynchronous=0.5;max_lag_seconds=0.4"),
     ),
     Mutant(
         "an older observation counts for a connection",
@@ -120,6 +127,7 @@ MUTANTS: Final = (
         "_core.py",
         "if seen is None or seen.sent_at < facts.opened_at:",
         "if seen is None:",
+        CRASHES,
     ),
     Mutant(
         "a restarted server is the same",
@@ -127,6 +135,7 @@ MUTANTS: Final = (
         "_nodes.py",
         "return seen if seen is not None and seen.server == server else None",
         "return seen",
+        CRASHES,
     ),
     Mutant(
         "positions never go down",
@@ -135,6 +144,7 @@ MUTANTS: Final = (
         "self.newest = seen\n        self.role",
         "self.newest = max(self.newest or seen, seen, key=lambda each: each.lsn or 0)\n"
         "        self.servers[seen.server.place] = self.newest\n        self.role",
+        CRASHES,
     ),
     Mutant(
         "a failure forgets nothing",
@@ -142,6 +152,7 @@ MUTANTS: Final = (
         "_nodes.py",
         "self.newest = None\n        self.servers = {}",
         "pass",
+        CRASHES,
     ),
     Mutant(
         "answers from before a failure count",
@@ -149,6 +160,7 @@ MUTANTS: Final = (
         "_nodes.py",
         "return seen.sent_at > self.failed_at and (",
         "return (",
+        ("--faults", "crash,slow link,lag", "--fix", "pooled=False"),
     ),
     Mutant(
         "late answers replace newer ones",
@@ -156,6 +168,7 @@ MUTANTS: Final = (
         "_nodes.py",
         "known is None or seen.sent_at >= known.sent_at",
         "True",
+        ("--faults", "slow link,crash,lag,pause", "--fix", "pooled=False;silent=True"),
     ),
     Mutant(
         "a pooler is trusted",
@@ -163,6 +176,7 @@ MUTANTS: Final = (
         "_core.py",
         "if facts.pooled:\n            return None",
         "if False:\n            return None",
+        ("--fix", "pooled=True;replicas=3;stranger=False"),
     ),
     Mutant(
         "a former primary stays one",
@@ -170,6 +184,7 @@ MUTANTS: Final = (
         "_cluster.py",
         "and (seen.timeline or 0) >= self.timeline",
         "",
+        FAILOVERS,
     ),
     Mutant(
         "two primaries of one timeline are no conflict",
@@ -177,6 +192,7 @@ MUTANTS: Final = (
         "_cluster.py",
         "if len(servers) > 1:",
         "if False:",
+        ("--faults", "failover,same timeline,follow"),
     ),
     Mutant(
         "any system is ours",
@@ -184,6 +200,7 @@ MUTANTS: Final = (
         "_decision.py",
         "return seen.server.system_id == system_id",
         "return True",
+        ("--fix", "stranger=True;replicas=3"),
     ),
     Mutant(
         "pins are ignored",
@@ -198,6 +215,7 @@ MUTANTS: Final = (
         "_lineage.py",
         "if required is None and read.token.is_full:",
         "if False:",
+        ("--faults", "full token,lag,pause"),
     ),
     Mutant(
         "lag is decided once",
@@ -205,6 +223,7 @@ MUTANTS: Final = (
         "_decision.py",
         "return cluster.lag_seconds(seen, now) <= read.lag_limit",
         "return True",
+        LAG,
     ),
     Mutant(
         "an abandoned timeline serves",
@@ -212,6 +231,7 @@ MUTANTS: Final = (
         "_lineage.py",
         "return cluster.system_id == seen.server.system_id and seen.timeline < cluster.timeline",
         "return False",
+        FAILOVERS,
     ),
     Mutant(
         "the history is not asked",
@@ -219,6 +239,7 @@ MUTANTS: Final = (
         "lsn.py",
         "return position.lsn <= end",
         "return True",
+        FAILOVERS,
     ),
     Mutant(
         "the switch point itself is lost",
@@ -226,6 +247,7 @@ MUTANTS: Final = (
         "lsn.py",
         "return position.lsn <= end",
         "return position.lsn < end",
+        FAILOVERS,
     ),
     Mutant(
         "unknown history is proof",
@@ -233,6 +255,7 @@ MUTANTS: Final = (
         "lsn.py",
         "return False if self.complete or position.timeline > self.timeline else None",
         "return True",
+        (*FAILOVERS, "--fix", "privilege=stats"),
     ),
     Mutant(
         "an uncertain standby of a lost primary serves",
@@ -240,13 +263,15 @@ MUTANTS: Final = (
         "_lineage.py",
         "if seen is None or seen.timeline_is_certain:\n        return seen is not None",
         "if True:\n        return seen is not None",
+        FAILOVERS,
     ),
     Mutant(
         "a newer timeline is not looked for",
         "A promotion that another process has seen: the primary known here is a former one",
         "_decision.py",
-        "if known >= required.timeline:\n        return None",
+        "if known is None or known >= named:\n        return None",
         "return None",
+        FAILOVERS,
     ),
     Mutant(
         "what is received is not covered",
@@ -282,20 +307,19 @@ MUTANTS: Final = (
         "_sql.py",
         "            else position\n        ),\n        flush_lsn",
         "            else second\n        ),\n        flush_lsn",
+        ("--fix", "asynchronous=0.5"),
     ),
 )
 
 
 def judge(mutant: Mutant) -> Verdict:
-    """Say what kills a mutant."""
+    """Say what kills a mutant: a seed of worlds that are made for it, or of any worlds."""
     started = time.perf_counter()
     with _patched(mutant) as folder:
-        trials = [*(_tests(folder, each) for each in mutant.tests), _seeds(folder)]
-        if not mutant.tests_first:
-            trials.insert(0, trials.pop())
-        for killer in trials:
-            for found, said in killer:
-                return Verdict(mutant, found, time.perf_counter() - started, said)
+        for arguments in dict.fromkeys((mutant.arguments, ())):
+            found = _play(folder, arguments)
+            if found is not None:
+                return Verdict(mutant, found[0], time.perf_counter() - started, found[1])
     return Verdict(mutant, None, time.perf_counter() - started)
 
 
@@ -314,39 +338,17 @@ def _patched(mutant: Mutant) -> Iterator[Path]:
         (folder / PACKAGE.name / mutant.module).write_text(
             text.replace(mutant.old, mutant.new), "utf-8"
         )
-        for part in ("tests/simulation", "tests/properties"):
-            shutil.copytree(ROOT / part, folder / part, ignore=left_out)
-        for part in ("tests/__init__.py", "tests/conftest.py", "pyproject.toml"):
-            shutil.copy(ROOT / part, folder / part)
+        shutil.copytree(ROOT / "tests/simulation", folder / "tests/simulation", ignore=left_out)
+        shutil.copy(ROOT / "tests/__init__.py", folder / "tests/__init__.py")
         yield folder
 
 
-def _seeds(folder: Path) -> Iterator[tuple[str, str]]:
-    """Play seeds until one fails."""
-    out = _run(folder, "-m", "tests.simulation", "--first", "--seeds", str(SEEDS))
-    if out.returncode:
-        found = re.search(r"--seed (\d+)", out.stdout)
-        # A mutant that cannot even run is no proof of anything.
-        if found is None or out.returncode != BROKEN:
-            raise RuntimeError(f"the simulation ended otherwise: {out.stdout}{out.stderr}")
-        yield f"seed {found[1]}", out.stdout.splitlines()[0][:120]
-
-
-def _tests(folder: Path, path: str) -> Iterator[tuple[str, str]]:
-    """Run a property test; only a failing test kills."""
-    options = ("-n", "0", "-q", "-x", "-p", "no:cacheprovider", "--no-header")
-    out = _run(folder, "-m", "pytest", *options, path)
-    if out.returncode not in (0, 1):
-        raise RuntimeError(f"pytest ended otherwise: {out.stdout}{out.stderr}")
-    if out.returncode == 1:
-        yield path, ""
-
-
-def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _play(folder: Path, arguments: tuple[str, ...]) -> tuple[str, str] | None:
+    """Play seeds until one fails; return which, and what it said."""
+    command = ["-m", "tests.simulation", "--first", "--seeds", str(SEEDS), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    return subprocess.run(
-        [sys.executable, *arguments],
+    out = subprocess.run(
+        [sys.executable, *command],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -354,6 +356,13 @@ def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=LIMIT_SECONDS,
         check=False,
     )
+    if not out.returncode:
+        return None
+    found = re.search(r"--seed (\d+)", out.stdout)
+    # A mutant that cannot even run is no proof of anything.
+    if found is None or out.returncode != BROKEN:
+        raise RuntimeError(f"the simulation ended otherwise: {out.stdout}{out.stderr}")
+    return shlex.join(["--seed", found[1], *arguments]), out.stdout.splitlines()[0][:120]
 
 
 def judge_all(mutants: Iterable[Mutant], *, workers: int = 2) -> Iterator[Verdict]:

@@ -78,6 +78,11 @@ class Log:
                 self.flush = commit.end
                 return
 
+    def flush_to(self, commit: Commit) -> None:
+        """Be the walwriter, who comes to a commit in time."""
+        if commit in self.commits:
+            self.flush = max(self.flush, commit.end)
+
     def crash(self) -> None:
         self.lost.update(commit for commit in self.commits if commit.end > self.flush)
         self.commits = [commit for commit in self.commits if commit.end <= self.flush]

@@ -5,8 +5,9 @@ One run: a cluster, processes with routers, clients and faults, all made from on
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from random import Random
+from types import MappingProxyType
 from typing import Any, Final
 
 from lsn_consistency import Consistency, Session, events
@@ -17,17 +18,18 @@ from tests.simulation.faults import Faults
 from tests.simulation.loop import Loop, Steps, Task
 from tests.simulation.network import Endpoint, Network
 from tests.simulation.process import Process
-from tests.simulation.servers import BLOCK, SYSTEM, UNIT, Commit, Log, Server
+from tests.simulation.servers import BLOCK, FLUSH_DELAY, SYSTEM, UNIT, Commit, Log, Server
+from tests.simulation.shape import PIN_SECONDS, Shape
 
 START: Final = 16 * BLOCK - 5 * UNIT
 STRANGE_SYSTEM: Final = 7_000_000_000_000_000_099
 STRANGE_START: Final = 2**40
+NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 BUSY_SECONDS: Final = 3.0
 WARM_UP_SECONDS: Final = 0.2
 CATCH_UP_SECONDS: Final = 0.4
 LOOK_SECONDS: Final = 0.1
 SETTLE_SECONDS: Final = 12.0
-PIN_SECONDS: Final = 1.3
 REST_SECONDS: Final = PIN_SECONDS + 0.1
 MAX_STEPS: Final = 200_000
 MAX_LAG: Final = 1.2
@@ -42,11 +44,19 @@ TRACED: Final = (
 class World:
     """Hold everything of one run; ``line`` are the commits that are not lost."""
 
-    def __init__(self, seed: int, *, seconds: float = BUSY_SECONDS, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        fixed: Mapping[str, Any] = NOTHING,
+        seconds: float = BUSY_SECONDS,
+        verbose: bool = False,
+    ) -> None:
         self.seed = seed
         self.seconds = seconds
         self.verbose = verbose
         self.chance = Random(seed)
+        self.shape = Shape.draw(Random(self.chance.random()), fixed)
         self.loop = Loop()
         self.counts: Counter[str] = Counter()
         self.history: list[Operation] = []
@@ -58,7 +68,7 @@ class World:
         log = Log(1, START)
         self.logs = [log]
         self.servers = [Server("p", log, primary=True)]
-        self.servers += [Server(name, log) for name in "abc"[: self.chance.choice((2, 3, 3))]]
+        self.servers += [Server(name, log) for name in "abc"[: self.shape.replicas]]
         self.primary = self.servers[0]
         self.upstream = dict.fromkeys(self.servers[1:], self.primary)
         self.stranger: Server | None = None
@@ -66,43 +76,21 @@ class World:
         self.slowness: dict[Server, float] = {}
         self.held: set[Server] = set()
         self.hidden_servers: set[Server] = set()
-        self._shape()
+        self._give_servers_their_shape()
         self.processes = list(self._processes())
         self.clients = [
             Client(f"client {number}", self, Random(self.chance.random()))
-            for number in range(1, 1 + self.chance.choice((2, 3, 4)))
+            for number in range(1, 1 + self.shape.clients)
         ]
         self.faults = Faults(self, Random(self.chance.random()))
 
-    def _shape(self) -> None:
-        chance = self.chance
-        self.privilege = chance.choice(("plain", "stats", "stats", "replication"))
-        self.asynchronous_share = chance.choice((0.0, 0.0, 0.3))
-        self.commit_seconds = chance.choice((0.002, 0.002, 0.03, 0.3))
-        self.think_seconds = chance.choice((0.04, 0.1, 0.2))
-        self.tick_seconds = chance.choice((0.01, 0.03, 0.06))
-        self.hidden = chance.random() < 0.2
-        self.pooled = chance.random() < 0.15
-        self.given = chance.random() < 0.2
-        self.autocommit = chance.random() < 0.5
-        self.silent = chance.random() < 0.3
-        if len(self.servers) == 4 and chance.random() < 0.1:
+    def _give_servers_their_shape(self) -> None:
+        if self.shape.stranger and len(self.servers) == 4:
             self._estrange(self.servers.pop())
-        self.options: dict[str, Any] = {
-            "max_lag_seconds": MAX_LAG,
-            "pin_seconds": PIN_SECONDS,
-            "wait_seconds": chance.choice((0.1, 0.1, 0.0, 0.4)),
-            "poll_interval": chance.choice((0.5, 0.2)),
-            "probe_timeout": 0.6,
-            "connect_timeout": 1.0,
-            "fallback_wait_seconds": 0.5,
-            "max_fallback_reads": chance.choice((None, None, None, 1)),
-            "on_fallback_limit": chance.choice(("wait", "stale", "error")),
-        }
         for server in self.servers:
-            server.timeline_known = self.privilege != "plain"
+            server.timeline_known = self.shape.privilege != "plain"
             server.restartpoint = 1
-            server.applying = chance.random() < 0.5
+            server.applying = self.chance.random() < self.shape.applying
 
     def _estrange(self, server: Server) -> None:
         """A node leads to another cluster, whose positions are greater by far."""
@@ -112,33 +100,33 @@ class World:
         del self.upstream[server]
 
     def _processes(self) -> Iterator[Process]:
-        for number in range(1, 1 + self.chance.choice((1, 2, 2, 3))):
+        for number in range(1, 1 + self.shape.processes):
             yield Process(
                 f"process {number}",
                 self.network,
                 self._endpoints(),
                 Random(self.chance.random()),
-                self.options,
+                self.shape.options,
                 offset=self.chance.uniform(-50, 500),
                 skew=self.chance.choice((0.0, 0.0, 0.3, -0.3)),
-                replication=self.privilege == "replication",
+                replication=self.shape.privilege == "replication",
                 count=self.count,
             )
 
     def _endpoints(self) -> list[Endpoint]:
         kept: dict[str, Any] = {
-            "given": self.given,
-            "autocommit": self.autocommit,
-            "own_read_only": False if self.given else None,
+            "given": self.shape.given,
+            "autocommit": self.shape.autocommit,
+            "own_read_only": False if self.shape.given else None,
         }
         p, a, *rest = self.servers
         endpoints = [Endpoint("primary", [p], **kept), Endpoint("a", [a], **kept)]
         if self.stranger is not None:
             endpoints.append(Endpoint(self.stranger.name, [self.stranger], **kept))
-        if len(rest) == 2 and (self.hidden or self.pooled):
+        if len(rest) == 2 and (self.shape.hidden or self.shape.pooled):
             # Who fails over to a server that only such an endpoint leads to has no node for it.
             self.hidden_servers = set(rest)
-            endpoints.append(Endpoint("x", rest, pooled=self.pooled, **kept))
+            endpoints.append(Endpoint("x", rest, pooled=self.shape.pooled, **kept))
         else:
             endpoints += [Endpoint(server.name, [server], **kept) for server in rest]
         return endpoints
@@ -156,8 +144,12 @@ class World:
         self._values += 1
         return self._values
 
-    def written(self, commit: Commit) -> None:
+    def written(self, commit: Commit, log: Log) -> None:
+        """Take a commit; an asynchronous one is flushed within three times wal_writer_delay."""
         self.commits.append(commit)
+        if commit.end > log.flush:
+            delay = FLUSH_DELAY * self.chance.random()
+            self.loop.call_later(delay, lambda: log.flush_to(commit))
 
     def record(self, operation: Operation) -> None:
         if not self.is_split:
@@ -229,11 +221,10 @@ class World:
 
     def _replicate(self, server: Server, chance: Random) -> Steps:
         while True:
-            yield chance.expovariate(1 / self.tick_seconds)
+            yield chance.expovariate(1 / self.shape.tick_seconds)
             if not server.alive or server.frozen:
                 continue
             if server.is_primary:
-                server.log.flush_due(self.loop.now)
                 continue
             server.streaming = self._streams(server)
             reachable = not self.upstream[server].frozen and server not in self.held
@@ -313,8 +304,14 @@ class World:
         return report
 
 
-def play(seed: int, *, seconds: float = BUSY_SECONDS, verbose: bool = False) -> World:
+def play(
+    seed: int,
+    *,
+    fixed: Mapping[str, Any] = NOTHING,
+    seconds: float = BUSY_SECONDS,
+    verbose: bool = False,
+) -> World:
     """Play one seed to its end; raises `AssertionError` for a broken promise."""
-    world = World(seed, seconds=seconds, verbose=verbose)
+    world = World(seed, fixed=fixed, seconds=seconds, verbose=verbose)
     world.run()
     return world

@@ -286,6 +286,40 @@ def test_a_replica_releases_those_whose_position_it_reached() -> None:
     assert 0 == len(known.positions)
 
 
+def test_the_primary_is_asked_about_a_position_that_it_may_have_lost() -> None:
+    """It is probed as often as replicas until it was asked after the read began; then all know."""
+    known = cluster()
+    node = known.nodes["primary"]
+    known.record("primary", primary("p", 900))
+    woken: list[str] = []
+    required = Position(SYSTEM, 1, Lsn(1000))
+    waiter = known.wait_for_position(required, lambda: woken.append("x"), 11.0)
+    assert known.awaits_position(node)
+    known.record("primary", primary("p", 950, at=10.5))
+    assert (True, []) == (known.awaits_position(node), woken)
+    seen = primary("p", 999, at=11.0)
+    known.record("primary", seen)
+    assert ["x"] == woken
+    assert (False, True, False) == (
+        known.awaits_position(node),
+        waiter.seen is seen,
+        waiter.active,
+    )
+
+
+def test_a_primary_that_has_the_position_is_not_asked_again() -> None:
+    """The read waits for a replica; so does one whose primary is unknown."""
+    known = cluster()
+    node = known.nodes["primary"]
+    required = Position(SYSTEM, 1, Lsn(1000))
+    known.record("primary", primary("p", 1000))
+    known.wait_for_position(required, lambda: None, 11.0)
+    assert not known.awaits_position(node)
+    assert known.awaits_position(known.nodes["a"])
+    known.fail("primary", "lost", 11.0)
+    assert not known.awaits_position(node)
+
+
 def test_who_waits_for_an_observation_gets_a_later_one_or_the_failure() -> None:
     """An observation sent before ``after`` releases nobody; a failure releases all."""
     known = cluster()
