@@ -10,16 +10,19 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from lsn_consistency._core import Core, Facts
+from lsn_consistency._core import POOL_TIMEOUT_SECONDS, Core, Facts
 from lsn_consistency._monitor import Connect
 from lsn_consistency._settings import Settings, check_weights, name_nodes
 from lsn_consistency.events import Event
 from lsn_consistency.exceptions import ConfigurationError
+
+RECONNECT_SECONDS: Final = 0.5
+"""How long a pool goes on with an attempt to connect that has failed."""
 
 _logger = logging.getLogger("lsn_consistency")
 _routers: weakref.WeakSet[BaseRouter] = weakref.WeakSet()
@@ -95,6 +98,7 @@ class BaseRouter:
             self._sources,
             self._settings,
             given=[name for name in self._sources if self._is_given(name)],
+            pool_timeouts={name: self._pool_timeout(name) for name in self._sources},
             clock=time.monotonic,
             unix_clock=time.time,
             emit=self.emit,
@@ -126,10 +130,18 @@ class BaseRouter:
     def _is_given(self, name: str) -> bool:
         return not isinstance(self._sources[name], str)
 
+    def _pool_timeout(self, name: str) -> float:
+        if self._is_given(name):
+            return float(self._sources[name].timeout)
+        return float(self._settings.pool_options.get("timeout", POOL_TIMEOUT_SECONDS))
+
     def _pool_arguments(self, name: str, configure: Callable[[Any], Any]) -> dict[str, Any]:
         options = dict(self._settings.pool_options)
         kwargs = {**self._default_kwargs(), **(options.pop("kwargs", None) or {})}
         options.setdefault("name", f"lsn_consistency {name}")
+        # The monitor knows when a node is well again, and then a connection is opened when it is
+        # needed: a pool's own attempts come at times that double.
+        options.setdefault("reconnect_timeout", RECONNECT_SECONDS)
         options["configure"] = configure
         return {"conninfo": self._sources[name], "open": False, "kwargs": kwargs, **options}
 

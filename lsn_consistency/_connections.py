@@ -12,9 +12,11 @@ from lsn_consistency._nodes import Node
 from lsn_consistency._observation import Observation
 from lsn_consistency._steps import (
     AwaitObservation,
+    Checkout,
     Fetch,
     NodeFailure,
     Plan,
+    Return,
     SetReadOnly,
     identify,
     observe,
@@ -70,6 +72,7 @@ def look(core: Core, read: Read | None, serve: Serve, conn: Any) -> Plan[tuple[F
         if good:
             return facts, known
     seen = yield from observe(conn, facts.identity)
+    facts.answered_at = seen.received_at
     return facts, core.observed(name, seen)
 
 
@@ -114,6 +117,39 @@ def make_writable(conn: Any, facts: Facts) -> Plan[None]:
     if facts.read_only:
         yield Fetch(conn, _sql.READ_WRITE)
         facts.read_only = False
+
+
+def refuse(core: Core, name: str, conn: Any, facts: Facts, *, discard: bool) -> Plan[None]:
+    """
+    Give back a connection that cannot serve a read after all, as it was.
+    """
+    try:
+        if facts.pooled:
+            # Its pool would do the same, with a warning.
+            yield Fetch(conn, _sql.ROLLBACK)
+        yield from restore(core, conn, facts)
+    finally:
+        yield Return(name, conn, discard)
+
+
+def checkout_of_primary(core: Core, primary: Node) -> Plan[Any]:
+    """
+    Take a connection of the primary, which may be busy for as long as its pool says.
+    """
+    patience = yield from patience_with_primary(core, primary)
+    connecting = core.settings.connect_timeout
+    if patience is not None:
+        return (yield Checkout(primary.name, patience, connecting))
+    ends = core.clock() + core.pool_timeout(primary.name)
+    while True:
+        try:
+            # In parts: who waits is not left in the queue of a server that fails meanwhile.
+            left = max(READY_SECONDS, ends - core.clock())
+            return (yield Checkout(primary.name, min(left, connecting), connecting))
+        except NodeFailure as busy:
+            well = not primary.failures and primary is core.cluster.primary
+            if busy.down or not well or core.clock() >= ends:
+                raise
 
 
 def restore(core: Core, conn: Any, facts: Facts) -> Plan[None]:

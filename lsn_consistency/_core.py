@@ -8,7 +8,7 @@ on it. Nothing here waits, connects or logs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from random import random as draw
 from typing import Any, Final
@@ -20,12 +20,15 @@ from lsn_consistency._settings import Settings
 from lsn_consistency._sql import Identity
 from lsn_consistency._verdicts import Read, Serve, Verdict
 from lsn_consistency.consistency import Consistency, effective
-from lsn_consistency.events import Event, LagExceeded
+from lsn_consistency.events import Event, LagExceeded, NodeRecovered
 from lsn_consistency.session import Session
 from lsn_consistency.tokens import Token
 
 OVERDUE_SECONDS: Final = 0.25
 """A probe is overdue, and its server suspect, when it takes this much longer than its turn."""
+
+POOL_TIMEOUT_SECONDS: Final = 30.0
+"""What psycopg_pool has as the default of ``timeout``."""
 
 WARNING_INTERVAL_SECONDS: Final = 10.0
 RECYCLE_INTERVAL_SECONDS: Final = 0.1
@@ -37,7 +40,8 @@ class Facts:
     Hold what is known about one pooled connection for as long as it lives.
 
     ``opened_at`` is at or after the moment in which connecting had returned: an observation of
-    the same server sent since then counts for this connection. ``read_only`` tells that the
+    the same server sent since then counts for this connection. ``answered_at`` is when it last
+    answered a statement of ours. ``read_only`` tells that the
     session was made read-only by a statement; ``changed``, that the connection's attribute was set
     for a read, and is ``own_read_only`` by itself.
     """
@@ -47,6 +51,7 @@ class Facts:
     opened_at: float
     pooled: bool
     in_recovery: bool
+    answered_at: float
     read_only: bool = False
     own_read_only: bool | None = None
     changed: bool = False
@@ -63,6 +68,7 @@ class Core:
         settings: Settings,
         *,
         given: Iterable[str] = (),
+        pool_timeouts: Mapping[str, float] | None = None,
         clock: Callable[[], float],
         unix_clock: Callable[[], float],
         emit: Callable[[Event], None],
@@ -72,6 +78,7 @@ class Core:
     ) -> None:
         self.settings = settings
         self._given = frozenset(given)
+        self._pool_timeouts = pool_timeouts or {}
         self.cluster = Cluster(names, settings)
         self.clock = clock
         self.unix_clock = unix_clock
@@ -101,6 +108,9 @@ class Core:
         """
         for event in self.cluster.record(name, seen, sample=sample, before=before):
             self.emit(event)
+            if isinstance(event, NodeRecovered):
+                # Its monitor may be in a back-off.
+                self.kick(name)
         return self.cluster.completed(name, seen)
 
     def failed(self, name: str, error: BaseException) -> None:
@@ -127,6 +137,12 @@ class Core:
         """
         return name in self._given
 
+    def pool_timeout(self, name: str) -> float:
+        """
+        Return for how many seconds a pool lets its clients wait for a connection.
+        """
+        return self._pool_timeouts.get(name, POOL_TIMEOUT_SECONDS)
+
     def facts_of(self, conn: object) -> Facts | None:
         """
         Return what is known about a connection; None at its first sight.
@@ -137,7 +153,7 @@ class Core:
         """
         Remember a connection by the first observation made on it.
         """
-        facts = Facts(name, identity, seen.sent_at, seen.pooled, seen.in_recovery)
+        facts = Facts(name, identity, seen.sent_at, seen.pooled, seen.in_recovery, seen.received_at)
         self._facts[conn] = facts
         self.observed(name, seen)
         return facts
@@ -147,12 +163,15 @@ class Core:
         Return an observation that counts for a connection without asking it, or None.
 
         It is of the same server, made after the connection was opened, and so recent that the
-        next probe is not overdue.
+        next probe is not overdue; and the connection has answered since its node last failed.
         """
         if facts.pooled:
             return None
         seen = self.cluster.nodes[facts.node].observed(facts.identity.server)
         if seen is None or seen.sent_at < facts.opened_at:
+            return None
+        if facts.answered_at <= self.cluster.nodes[facts.node].failed_at:
+            # Its node is well again, which says nothing of a connection from before the failure.
             return None
         fresh = now - seen.received_at <= self.poll_seconds + OVERDUE_SECONDS
         return seen if fresh else None

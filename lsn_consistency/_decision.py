@@ -30,7 +30,7 @@ from lsn_consistency._cluster import Cluster
 from lsn_consistency._lineage import (
     Unprovable,
     is_abandoned,
-    is_on_its_timeline,
+    is_proven,
     named_timeline,
     primary_timeline,
     required_position,
@@ -139,6 +139,7 @@ def _among_replicas(
     eligible: list[_Candidate] = []
     reached: list[_Candidate] = []
     hidden: list[Node] = []
+    doubtful: list[Node] = []
     healthy = over = 0
     for node in cluster.all_nodes:
         seen = node.newest
@@ -156,20 +157,24 @@ def _among_replicas(
             continue
         if required is None or seen.reaches(required) is True:
             reached.append(candidate)
-            if lag <= read.lag_limit:
+            if lag <= read.lag_limit and (required is None or is_proven(cluster, node)):
                 eligible.append(candidate)
                 continue
+            if lag <= read.lag_limit:
+                doubtful.append(node)
         if node.hides_servers:
             hidden.append(node)
     if eligible:
         reason = Reason.WITHIN_LAG if required is None else Reason.CAUGHT_UP
         return _serve(_balanced(eligible, read.preferred, random), reason, required)
+    if doubtful and not read.compared:
+        return _comparison(cluster, doubtful[0])
     if hidden:
         return Serve(hidden[0], _reason(required), None, required, ask=True)
     if _is_unreachable(cluster, read) and read.level.uses_token:
         unpinned = [each for each in reached if _is_past_pin(read, each, unix_now)]
         if required is not None and unpinned:
-            proven = [each for each in unpinned if is_on_its_timeline(cluster, each.node)]
+            proven = [each for each in unpinned if is_proven(cluster, each.node)]
             if not proven and not read.compared and cluster.timeline:
                 return _comparison(cluster, unpinned[0].node)
             unpinned = proven
@@ -202,7 +207,9 @@ def decide_stale(
         if node.newest is not None
         and node.newest.in_recovery
         and node.name not in read.excluded
+        and node.name not in read.refused
         and cluster.system_id == node.newest.server.system_id
+        and not is_abandoned(cluster, read, node.newest)
     ]
     if not candidates:
         return None

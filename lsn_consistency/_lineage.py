@@ -128,15 +128,15 @@ def is_abandoned(cluster: Cluster, read: Read, seen: Observation) -> bool:
     return cluster.system_id == seen.server.system_id and seen.timeline < cluster.timeline
 
 
-def is_on_its_timeline(cluster: Cluster, node: Node) -> bool:
+def is_proven(cluster: Cluster, node: Node) -> bool:
     """
-    Tell whether a replica of a primary that is gone is sure to be on the timeline that it names.
+    Tell whether a replica is sure to be on the timeline that it names, should the primary be gone.
 
     What a standby says without a walreceiver that may be looked at is a lower bound: it could
     follow another node that was promoted, whose log has the same LSNs for other writes.
     """
     seen = node.newest
-    if seen is None or seen.timeline_is_certain:
+    if seen is None or seen.timeline_is_certain or primary_timeline(cluster) is not None:
         return seen is not None
     if not cluster.timeline:
         # This process has never seen a primary.

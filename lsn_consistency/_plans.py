@@ -11,15 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lsn_consistency import _sql
 from lsn_consistency._connections import (
     READY_SECONDS,
     begin,
+    checkout_of_primary,
     look,
     look_again,
     make_read_only,
     meet,
-    patience_with_primary,
+    refuse,
     report,
     restore,
 )
@@ -32,7 +32,6 @@ from lsn_consistency._steps import (
     AwaitPosition,
     AwaitTurn,
     Checkout,
-    Fetch,
     NodeFailure,
     Plan,
     Return,
@@ -242,6 +241,7 @@ def _give_back(core: Core, lease: Lease, observed: Identity | None) -> Plan[Obse
     try:
         if observed is not None:
             seen = core.observed(lease.node, (yield from observe(lease.conn, observed)))
+            lease.facts.answered_at = seen.received_at
         yield from restore(core, lease.conn, lease.facts)
     except NodeFailure as failure:
         report(core, lease.node, failure)
@@ -310,13 +310,11 @@ def _limited(core: Core, read: Read, serve: Serve) -> Plan[Serve]:
 
 def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts, Observation] | None]:
     name = serve.node.name
-    timeout: float | None = core.settings.connect_timeout
-    renew = READY_SECONDS
-    if serve.primary:
-        timeout = yield from patience_with_primary(core, serve.node)
-        renew = core.settings.connect_timeout
     for _ in range(CONNECTIONS_TRIED):
-        conn = yield Checkout(name, timeout, renew)
+        if serve.primary:
+            conn = yield from checkout_of_primary(core, serve.node)
+        else:
+            conn = yield Checkout(name, core.settings.connect_timeout, READY_SECONDS)
         try:
             facts, seen = yield from look(core, read, serve, conn)
             if core.admits(read, serve, seen):
@@ -325,11 +323,9 @@ def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts, Obs
         except BaseException:
             yield Return(name, conn)
             raise
-        if facts.pooled:
-            # Its pool would do the same, with a warning.
-            yield Fetch(conn, _sql.ROLLBACK)
         hides = serve.node.hides_servers
-        yield Return(name, conn, discard=hides and core.may_recycle(seen))
+        discard = hides and core.may_recycle(seen)
+        yield from refuse(core, name, conn, facts, discard=discard)
         if not hides:
             break
     read.refused.add(name)

@@ -9,6 +9,7 @@ from lsn_consistency._lineage import lost_position
 from lsn_consistency._observation import Observation
 from lsn_consistency._steps import AwaitObservation, Plan
 from lsn_consistency.events import LostWrite, PositionUnknown
+from lsn_consistency.lsn import Lsn, Position
 from lsn_consistency.session import Session
 from lsn_consistency.tokens import Token
 
@@ -20,7 +21,7 @@ def advance_to(core: Core, session: Session, seen: Observation, held: Token) -> 
     ``held`` is a token from before the observation was made. What of it a primary does not have is
     reported, and what it has not reached, it never will: then the position is replaced.
     """
-    position = core.cluster.timelines.own_position(seen, seen.bound)
+    position = _own_position(core, seen, seen.bound, held)
     if position is None:
         return False
     before = held.get(position.system_id)
@@ -35,6 +36,17 @@ def advance_to(core: Core, session: Session, seen: Observation, held: Token) -> 
     return True
 
 
+def _own_position(core: Core, seen: Observation, lsn: Lsn | None, held: Token) -> Position | None:
+    position = core.cluster.timelines.own_position(seen, lsn)
+    before = held.get(seen.server.system_id)
+    if position is None and lsn is not None and before is not None:
+        # What the session holds on this timeline is in its own part.
+        return (
+            before._replace(lsn=max(lsn, before.lsn)) if before.timeline == seen.timeline else None
+        )
+    return position
+
+
 def advance_past_read(
     core: Core, session: Session, seen: Observation | None, held: Token, started: float
 ) -> Plan[None]:
@@ -47,7 +59,7 @@ def advance_past_read(
     if seen is not None and (primary is None or primary.failures):
         # No walreceiver, so no bound, and no primary to ask: its standbys have lost it. To pin the
         # session to it would stop the session's reads; docs/limits.md says what this leaves open.
-        position = core.cluster.timelines.own_position(seen, seen.lsn)
+        position = _own_position(core, seen, seen.lsn, held)
         if position is not None:
             session.advance(Token([position]))
             return

@@ -14,8 +14,6 @@ from typing import Final
 from lsn_consistency._observation import Observation, Server
 from lsn_consistency.lsn import Lsn, Position, TimelineHistory
 
-Place = tuple[int, str | None, int | None]
-
 MAX_HISTORIES: Final = 16
 FIRST_TIMELINE: Final = 1
 
@@ -29,7 +27,7 @@ class Timelines:
 
     def __init__(self) -> None:
         self._histories: dict[tuple[int, int], TimelineHistory] = {}
-        self._sources: dict[tuple[int, int], Place] = {}
+        self._sources: dict[tuple[int, int], Server] = {}
         self._floors: dict[tuple[int, int], Lsn] = {}
 
     def history(self, system_id: int, timeline: int) -> TimelineHistory:
@@ -49,7 +47,7 @@ class Timelines:
         if self.history(*key).complete and not history.complete:
             return
         self._histories[key] = history
-        self._sources[key] = server.place
+        self._sources[key] = server
         while len(self._histories) > MAX_HISTORIES:
             oldest = next(iter(self._histories))
             del self._histories[oldest], self._sources[oldest]
@@ -64,10 +62,12 @@ class Timelines:
         if seen.timeline is None or seen.lsn is None:
             return
         key = (seen.server.system_id, seen.timeline)
-        if self._sources.get(key, seen.server.place) != seen.server.place:
+        source = self._sources.get(key)
+        if source is not None and not _is_same(source, seen.server):
             for known in (self._histories, self._sources, self._floors):
                 known.pop(key, None)
-        self._floors.setdefault(key, seen.lsn)
+        # After a crash the primary can be a little behind where it was.
+        self._floors[key] = min(seen.lsn, self._floors.get(key, seen.lsn))
         while len(self._floors) > MAX_HISTORIES:
             del self._floors[next(iter(self._floors))]
 
@@ -84,8 +84,15 @@ class Timelines:
         position = Position(seen.server.system_id, seen.timeline, lsn)
         if seen.timeline in (FIRST_TIMELINE, seen.begun_timeline):
             return position
-        floor = self._floors.get((position.system_id, position.timeline))
+        floor = self._floor(position)
         return None if floor is None else position._replace(lsn=max(lsn, floor))
+
+    def _floor(self, position: Position) -> Lsn | None:
+        history = self.history(position.system_id, position.timeline)
+        if history.complete:
+            # The timeline begins where it left its parent.
+            return history.switch_points[max(history.switch_points)]
+        return self._floors.get((position.system_id, position.timeline))
 
     def watch(self, before: Observation, after: Observation) -> None:
         """
@@ -114,3 +121,8 @@ class Timelines:
         Tell whether the log of ``timeline`` has ``position``: yes, no, or None for unknown.
         """
         return self.history(position.system_id, timeline).contains(position)
+
+
+def _is_same(one: Server, other: Server) -> bool:
+    # A server that was restarted, or one that is reached at another address.
+    return one.place == other.place or one.started == other.started

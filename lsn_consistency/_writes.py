@@ -5,10 +5,10 @@ The steps of a write, and of taking the primary's position, without the input an
 from __future__ import annotations
 
 from lsn_consistency._connections import (
+    checkout_of_primary,
     look,
     look_again,
     make_writable,
-    patience_with_primary,
     report,
 )
 from lsn_consistency._core import Core
@@ -17,7 +17,7 @@ from lsn_consistency._lineage import named_timeline, primary_timeline
 from lsn_consistency._observation import Observation
 from lsn_consistency._plans import CONNECTIONS_TRIED, Lease
 from lsn_consistency._positions import advance_past_primary, advance_to, or_pinned, pin
-from lsn_consistency._steps import AwaitObservation, Checkout, NodeFailure, Plan, Return, observe
+from lsn_consistency._steps import AwaitObservation, NodeFailure, Plan, Return, observe
 from lsn_consistency._verdicts import Serve
 from lsn_consistency.consistency import Consistency, effective
 from lsn_consistency.exceptions import NoNodeAvailableError
@@ -44,8 +44,7 @@ def open_write(core: Core, session: Session) -> Plan[Lease]:
             break
         serve = Serve(primary, Reason.PRIMARY_REQUIRED, primary=True)
         try:
-            timeout = yield from patience_with_primary(core, primary)
-            conn = yield Checkout(primary.name, timeout, core.settings.connect_timeout)
+            conn = yield from checkout_of_primary(core, primary)
             try:
                 facts, seen = yield from look(core, None, serve, conn)
                 if cluster.is_primary(seen) and (seen.timeline or 0) >= named:
@@ -96,10 +95,8 @@ def _close_write(core: Core, session: Session, lease: Lease, interrupted: bool) 
         return
     if interrupted:
         pin(core, session, "the write was interrupted")
-    elif seen is None or seen.in_recovery or seen.bound_position is None:
+    elif seen is None or seen.in_recovery or not advance_to(core, session, seen, lease.token):
         yield from advance_past_primary(core, session, lease.token, started)
-    else:
-        advance_to(core, session, seen, lease.token)
 
 
 def capture(core: Core, session: Session) -> Plan[None]:

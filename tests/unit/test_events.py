@@ -69,3 +69,15 @@ def test_a_lost_connection_is_a_failure_once() -> None:
         made.lost("a")
     assert [NodeFailed("a", "a connection in use was lost", 1)] == heard[1:]
     assert ["a"] * 10 == kicked
+
+
+def test_a_node_that_is_well_again_is_looked_at_by_its_monitor() -> None:
+    """A read's own connection may find it first, while the monitor sleeps on for seconds."""
+    made, heard, kicked = core()
+    made.observed("a", observed(1.0))
+    made.failed("a", ConnectionError("gone"))
+    assert [] == kicked
+    made.observed("a", observed(11.0))
+    made.observed("a", observed(12.0))
+    assert NodeRecovered("a") in heard
+    assert ["a"] == kicked

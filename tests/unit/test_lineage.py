@@ -16,7 +16,7 @@ from lsn_consistency._lineage import (
     FOLLOW_SECONDS,
     Unprovable,
     is_abandoned,
-    is_on_its_timeline,
+    is_proven,
     lost_position,
     required_position,
 )
@@ -318,9 +318,9 @@ def without_primary(*replicas: str) -> Cluster:
 def test_a_certain_timeline_is_one() -> None:
     """It says it itself: nothing else is looked at, at a cold start neither."""
     known = Cluster(["primary", "a", "b"], Settings.of({}))
-    assert not is_on_its_timeline(known, known.nodes["a"])
+    assert not is_proven(known, known.nodes["a"])
     known.record("a", observed("a"))
-    assert is_on_its_timeline(known, known.nodes["a"])
+    assert is_proven(known, known.nodes["a"])
 
 
 def test_at_a_cold_start_an_uncertain_timeline_is_none() -> None:
@@ -328,7 +328,7 @@ def test_at_a_cold_start_an_uncertain_timeline_is_none() -> None:
     known = Cluster(["primary", "a"], Settings.of({}))
     for streaming in (True, False):
         known.record("a", unsure(streaming=streaming))
-        assert not is_on_its_timeline(known, known.nodes["a"])
+        assert not is_proven(known, known.nodes["a"])
     asked = read(at(1000), primary_error=ERROR, waited=True, refreshed=True)
     assert isinstance(ask(known, asked), Fail)
 
@@ -338,7 +338,7 @@ def test_a_replica_that_follows_nobody_is_where_it_was() -> None:
     known = without_primary("b")
     known.record("a", unsure(streaming=False, when=NOW + 2))
     known.fail("b", "down", NOW + 2)
-    assert is_on_its_timeline(known, known.nodes["a"])
+    assert is_proven(known, known.nodes["a"])
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_a_replica_that_streams_follows_none_of_the_others(
     if other is not None:
         known.record("b", other)
     known.primary = known.nodes["primary"]
-    assert is_on_its_timeline(known, known.nodes["a"]) is expected
+    assert is_proven(known, known.nodes["a"]) is expected
 
 
 def test_the_comparison_is_asked_for_once() -> None:
@@ -402,6 +402,21 @@ def test_a_single_replica_of_a_primary_that_is_gone_serves() -> None:
     known = without_primary()
     asked = read(at(1000), primary_error=ERROR)
     assert ("a", Reason.PRIMARY_DOWN) == outcome(ask(known, asked, now=LATER))
+
+
+def test_while_the_primary_does_not_answer_an_unsure_replica_is_compared_first() -> None:
+    """Within the lag bound too: another node may have been promoted a moment ago."""
+    known = without_primary("b")
+    known.record("b", observed("b", 10, at=NOW + 0.6))
+    asked = read(at(1000))
+    assert Refresh(("a", "b"), compare=True) == ask(known, asked, now=NOW + 1.5)
+    asked.compared = True
+    assert isinstance(ask(known, asked, now=NOW + 1.5), Wait)
+    known.record("b", observed("b", 10, at=NOW + 1.2))
+    assert ("a", Reason.CAUGHT_UP) == outcome(ask(known, asked, now=NOW + 1.5))
+    known.record("primary", observed("p", recovery=False, at=NOW + 1.3))
+    known.record("a", unsure(when=NOW + 1.4))
+    assert ("a", Reason.CAUGHT_UP) == outcome(ask(known, read(at(1000)), now=NOW + 1.5))
 
 
 def test_a_promotion_that_was_seen_needs_no_comparison() -> None:

@@ -12,9 +12,9 @@ from lsn_consistency import Consistency, Position, Reason, Session, Token, _plan
 from lsn_consistency._plans import Lease
 from lsn_consistency._steps import AwaitPosition, Checkout, Fetch, NodeFailure
 from lsn_consistency.events import LostWrite
-from lsn_consistency.exceptions import LostWriteError, NoNodeAvailableError
+from lsn_consistency.exceptions import LostWriteError, NoNodeAvailableError, RoutingError
 from lsn_consistency.lsn import Lsn, TimelineHistory
-from tests.properties.fake_cluster import Operation, Simulation
+from tests.properties.fake_cluster import Endpoint, Operation, Simulation
 from tests.simulation.servers import SYSTEM, Server
 from tests.unit.test_plans import CHANCE, close_read, open_read, ready_world, run
 
@@ -579,3 +579,48 @@ def test_an_error_of_the_last_look_does_not_hide_the_lost_write() -> None:
     assert 1 == len(lost_writes(world))
     assert isinstance(opening.result, Lease | None)
     world.check_idle()
+
+
+# A process that was started while the primary was down
+
+
+@pytest.mark.parametrize("timeline", [1, 2])
+def test_what_the_session_holds_tells_where_its_timeline_has_begun(timeline: int) -> None:
+    """Nobody else knows: reads of a session on the same timeline go on without a pin."""
+    former, _ = failed_over()
+    ends = end_of(former)
+    primary_of(former).stop()
+    for name in "bc":
+        server_of(former, name).replay = ends.lsn
+    world = Simulation(
+        [Endpoint(name, list(each.servers)) for name, each in former.endpoints.items()]
+    )
+    for _ in range(3):
+        probe_all(world)
+    token = Token([ends._replace(timeline=timeline)])
+    session = Session(token)
+    opened = open_read(world, session)
+    if timeline == 1:
+        assert isinstance(opened.error, RoutingError)
+        return
+    assert Reason.PRIMARY_DOWN is opened.result.route.reason
+    close_read(world, session, opened.result)
+    assert held(session) >= ends
+    assert session.token.pin_until is None
+    again = open_read(world, session).result
+    assert Reason.PRIMARY_DOWN is again.route.reason
+
+
+def test_without_a_token_such_a_read_pins_the_session() -> None:
+    """What it has shown cannot be named, and the primary cannot be asked: fail closed."""
+    former, _ = failed_over()
+    primary_of(former).stop()
+    world = Simulation(
+        [Endpoint(name, list(each.servers)) for name, each in former.endpoints.items()]
+    )
+    for _ in range(3):
+        probe_all(world)
+    session = Session()
+    close_read(world, session, open_read(world, session).result)
+    assert {} == session.token.positions
+    assert session.token.pin_until is not None

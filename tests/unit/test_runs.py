@@ -197,6 +197,7 @@ def test_what_a_standby_refuses_goes_to_the_primary_at_once(state: str) -> None:
     world = ready_world()
     session = Session(token_now(world))
     before = session.token
+    commit(world)
     outcome = on(world, {"primary": answers}, otherwise=fails(state))
     level = Consistency.READ_YOUR_WRITES
     runs = finished(world, start(world, session, outcome, level=level))

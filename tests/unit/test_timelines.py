@@ -349,9 +349,13 @@ def test_what_was_not_watched_from_end_to_end_is_not_learned(
 # Positions in a timeline's own part
 
 
-def leading(lsn: int | None, *, timeline: int | None = 2, place: str = "n") -> Observation:
+def leading(
+    lsn: int | None, *, timeline: int | None = 2, place: str = "n", started: str = "1"
+) -> Observation:
     """Observe a primary at a position."""
-    seen = observed(place, timeline=timeline, recovery=False, begun_timeline=timeline)
+    seen = observed(
+        place, timeline=timeline, recovery=False, begun_timeline=timeline, started=started
+    )
     return replace(seen, lsn=None if lsn is None else Lsn(lsn))
 
 
@@ -386,6 +390,25 @@ def test_in_the_shared_part_a_position_is_raised_or_unknown(begun: int | None) -
     assert known.own_position(replace(follows, timeline=3), Lsn(5)) is None
 
 
+def test_a_known_history_says_where_a_timeline_begins() -> None:
+    """The last switch point, exactly: what is beyond it is the timeline's own."""
+    known = Timelines()
+    known.lead(leading(1040, timeline=3))
+    known.learn(server("n"), complete(3, t1=1000, t2=1010))
+    follows = observed(timeline=3, begun_timeline=1)
+    assert [at(3, 1010), at(3, 1010), at(3, 1011)] == [
+        known.own_position(follows, Lsn(lsn)) for lsn in (5, 1010, 1011)
+    ]
+
+
+def test_the_least_that_a_primary_had_is_enough() -> None:
+    """It comes back from a crash a little behind: nobody is sent beyond its end."""
+    known = Timelines()
+    for lsn in (1040, 1020, 1060):
+        known.lead(leading(lsn))
+    assert at(2, 1020) == known.own_position(observed(timeline=2), Lsn(5))
+
+
 def test_a_primary_without_a_position_raises_nothing() -> None:
     """NULL tells of no beginning."""
     known = Timelines()
@@ -414,9 +437,20 @@ def test_another_leader_of_the_same_number_ends_what_was_known() -> None:
     known.lead(leading(1040))
     known.lead(leading(1100))
     assert known.contains(2, at(1, 1000)) is True
-    known.lead(leading(940, place="m"))
+    known.lead(leading(940, place="m", started="9"))
     assert known.contains(2, at(1, 1000)) is None
     assert at(2, 940) == known.own_position(observed(timeline=2), Lsn(5))
+
+
+@pytest.mark.parametrize(
+    "same", [server("n", started="2"), server("10.0.0.1"), server("n")], ids=repr
+)
+def test_a_leader_that_is_restarted_or_reached_elsewhere_is_the_same(same: Server) -> None:
+    """One server may be listed twice, under a socket and an address."""
+    known = Timelines()
+    known.learn(server("n"), complete(2, t1=1000))
+    known.lead(replace(leading(1040), server=same))
+    assert known.contains(2, at(1, 1000)) is True
 
 
 # What a server was seen to follow
@@ -655,7 +689,7 @@ def test_the_history_of_one_promotion_says_nothing_of_another_of_the_same_number
     known.record("a", promoted(switch=1000), before=observed())
     assert known.timelines.contains(2, at(1, 1000)) is True
     known.fail("a", "lost", 12.0)
-    known.record("b", promoted(place="b", lsn=940, switch=900, at=13.0))
+    known.record("b", promoted(place="b", lsn=940, switch=900, at=13.0, started="9"))
     assert known.primary is known.nodes["b"]
     assert known.timelines.contains(2, at(1, 1000)) is None
     assert known.wants_history(promoted(place="b"))
