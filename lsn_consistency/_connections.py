@@ -142,13 +142,15 @@ def checkout_of_primary(core: Core, primary: Node) -> Plan[Any]:
         return (yield Checkout(primary.name, patience, connecting))
     ends = core.clock() + core.pool_timeout(primary.name)
     while True:
+        asked = core.clock()
+        part = min(connecting, max(READY_SECONDS, ends - asked))
         try:
             # In parts: who waits is not left in the queue of a server that fails meanwhile.
-            left = max(READY_SECONDS, ends - core.clock())
-            return (yield Checkout(primary.name, min(left, connecting), connecting))
+            return (yield Checkout(primary.name, part, connecting))
         except NodeFailure as busy:
+            refused = core.clock() - asked < part
             well = not primary.failures and primary is core.cluster.primary
-            if busy.down or not well or core.clock() >= ends:
+            if busy.down or refused or not well or core.clock() >= ends:
                 raise
 
 

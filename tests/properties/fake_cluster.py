@@ -214,6 +214,7 @@ class Simulation:
     def checkout(self, step: Checkout, chance: Random) -> Connection:
         endpoint = self.endpoints[step.node]
         if endpoint.full:
+            self.pass_time(step.timeout or 0.0)
             raise NodeFailure(TimeoutError("the pool is full"), down=False)
         endpoint.idle = [conn for conn in endpoint.idle if conn.is_alive]
         self.pass_time(TICK)

@@ -289,8 +289,9 @@ class DecisionMachine(RuleBasedStateMachine):
         return None if system is None else read.token.get(system)
 
     def is_ahead(self, read: Read) -> bool:
-        required = self.required(read)
-        return required is not None and required.timeline > self.highest
+        looks = read.level.uses_token or read.level == Consistency.STRONG
+        named = read.token.get(SYSTEM) if looks else None
+        return named is not None and named.timeline > self.highest
 
     def check_primary(self, read: Read, serve: Serve) -> None:
         """The primary is named only while it is, by what was observed, the primary."""

@@ -361,8 +361,27 @@ class ReadOnce:
             return False
         return server.log.timeline > self.timeline
 
+    @property
+    def _knows_two_primaries(self) -> bool:
+        """Tell whether the process has seen two primaries of its newest timeline."""
+        cluster = self.process.core.cluster
+        newest = [node.newest for node in cluster.all_nodes if node.newest is not None]
+        primaries = {
+            seen.server
+            for seen in newest
+            if not seen.in_recovery
+            and seen.timeline == cluster.timeline
+            and seen.server.system_id == SYSTEM
+        }
+        return len({server.address for server in primaries}) > 1
+
     def _judge_role(self, lease: Lease, server: Server) -> None:
         route = lease.route
+        if server.system != SYSTEM:
+            raise Violated(f"{self.client.name}: {server.name} is of another system, {route}")
+        unnoticed = self.process.core.cluster.conflict is None and self._knows_two_primaries
+        if route.is_primary and unnoticed:
+            raise Violated(f"{self.client.name}: {server.name} is one of two primaries, {route}")
         if self.level == Consistency.STRONG and not route.is_primary:
             raise Violated(f"{self.client.name}: STRONG was served by {route}")
         if route.is_primary:

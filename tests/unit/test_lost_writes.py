@@ -609,18 +609,3 @@ def test_what_the_session_holds_tells_where_its_timeline_has_begun(timeline: int
     assert session.token.pin_until is None
     again = open_read(world, session).result
     assert Reason.PRIMARY_DOWN is again.route.reason
-
-
-def test_without_a_token_such_a_read_pins_the_session() -> None:
-    """What it has shown cannot be named, and the primary cannot be asked: fail closed."""
-    former, _ = failed_over()
-    primary_of(former).stop()
-    world = Simulation(
-        [Endpoint(name, list(each.servers)) for name, each in former.endpoints.items()]
-    )
-    for _ in range(3):
-        probe_all(world)
-    session = Session()
-    close_read(world, session, open_read(world, session).result)
-    assert {} == session.token.positions
-    assert session.token.pin_until is not None

@@ -20,6 +20,7 @@ from lsn_consistency import (
     _writes,
 )
 from lsn_consistency import consistency as at_level
+from lsn_consistency._core import POOL_TIMEOUT_SECONDS
 from lsn_consistency._plans import Lease
 from lsn_consistency._steps import (
     AwaitObservation,
@@ -348,7 +349,7 @@ def test_no_observation_counts_behind_a_pooler() -> None:
 
 def test_a_replica_with_a_full_pool_is_left_for_another() -> None:
     """A pool that is busy excludes its node for this read, and is no failure of the node."""
-    world = ready_world()
+    world = ready_world(connect_timeout=0.1)
     for name in ("a", "b"):
         world.endpoints[name].full = True
     session = Session(token_now(world))
@@ -361,8 +362,33 @@ def test_a_busy_primary_raises_the_pools_own_error() -> None:
     """A full pool does not make the primary unreachable: the caller gets the pool's error."""
     world = ready_world()
     world.endpoints["primary"].full = True
+    before = world.now
     opened = open_read(world, Session(), Consistency.STRONG)
     assert isinstance(opened.error, TimeoutError)
+    assert POOL_TIMEOUT_SECONDS <= world.now - before < POOL_TIMEOUT_SECONDS + 1.0
+
+
+@pytest.mark.parametrize("role", ["primary", "replica"])
+def test_nobody_is_left_waiting_for_the_pool_of_a_primary_that_is_gone(role: str) -> None:
+    """Its pool is full and its server fails, or another is the primary now: decide again."""
+    world = ready_world()
+    world.endpoints["primary"].full = True
+    session = Session(token_now(world))
+    read = world.core.new_read(session, None, Consistency.STRONG)
+    operation = Operation(world, _plans.open_read(world.core, session, read))
+    while not isinstance(operation.step, Checkout):
+        operation.advance(Random(CHANCE))
+    world.endpoints["primary"].servers[0].stop()
+    if role == "replica":
+        next(s for s in world.servers if s.name == "a").promote(2)
+    world.probe_all(Random(CHANCE))
+    before = world.now
+    operation.finish(Random(CHANCE))
+    assert world.now - before < 10.0
+    if role == "replica":
+        assert "a" == operation.result.node
+    else:
+        assert isinstance(operation.error, NoNodeAvailableError)
 
 
 def test_one_replica_a_session() -> None:
