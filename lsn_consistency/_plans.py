@@ -264,13 +264,13 @@ def take(core: Core, read: Read, serve: Serve) -> Plan[Lease | None]:
     except NodeFailure as failure:
         core.cluster.leave(serve.node, fallback=fallback)
         report(core, serve.node.name, failure)
-        if serve.primary:
+        if not serve.primary:
+            read.excluded.add(serve.node.name)
+        elif serve.node is core.cluster.primary:
             if not failure.down and serve.node.newest is not None:
                 # A full pool does not make the primary unreachable.
                 raise failure.cause from None
             read.primary_error = failure.cause
-        else:
-            read.excluded.add(serve.node.name)
         return None
     except BaseException:
         core.cluster.leave(serve.node, fallback=fallback)

@@ -37,6 +37,10 @@ def advance_to(core: Core, session: Session, seen: Observation, held: Token) -> 
 
 
 def _own_position(core: Core, seen: Observation, lsn: Lsn | None, held: Token) -> Position | None:
+    known = core.cluster.timeline if seen.server.system_id == core.cluster.system_id else 0
+    if seen.in_recovery and (seen.timeline or 0) < known:
+        # It may have gone over to the newer timeline without saying so yet.
+        return None
     position = core.cluster.timelines.own_position(seen, lsn)
     before = held.get(seen.server.system_id)
     if position is None and lsn is not None and before is not None:

@@ -117,7 +117,7 @@ def _wait_followed(app: App, leader: Node) -> None:
     """Wait until the router has seen the new leader."""
 
     def followed(nodes: dict[str, dict[str, Any]]) -> bool:
-        return nodes[leader.name]["role"] == "primary" and nodes[leader.name]["healthy"]
+        return nodes[leader.name]["role"] == "primary" and bool(nodes[leader.name]["healthy"])
 
     app.wait_for(followed)
 

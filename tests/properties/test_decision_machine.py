@@ -12,10 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lsn_consistency import Consistency, Position, Reason, Session, Token
 from lsn_consistency._decision import admits
-from lsn_consistency._verdicts import Fail, Read, Refresh, Serve, Wait
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import PRIMARY_NAME
 from lsn_consistency._steps import NodeFailure, identify, observe
+from lsn_consistency._verdicts import Fail, Read, Refresh, Serve, Wait
 from lsn_consistency.exceptions import RoutingError
 from lsn_consistency.lsn import Lsn
 from tests.properties.fake_cluster import UNIX_EPOCH, Connection, Endpoint, Simulation

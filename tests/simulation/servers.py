@@ -297,7 +297,8 @@ class Server:
             str(self.system),
             self.name,
             "5432",
-            str(self.started),
+            # No two servers start in the same microsecond.
+            f"{self.started}.{self.name}",
             str(BLOCK),
             str(SEGMENT),
             str(FLUSH_DELAY / 3),

@@ -11,7 +11,7 @@ import pytest
 
 from lsn_consistency import Consistency, Position, Reason, Token
 from lsn_consistency._cluster import Cluster
-from lsn_consistency._decision import admits
+from lsn_consistency._decision import admits, decide_stale
 from lsn_consistency._lineage import (
     FOLLOW_SECONDS,
     Unprovable,
@@ -467,3 +467,51 @@ def test_the_connection_of_a_former_primary_is_not_admitted(
     serve = Serve(known.nodes["primary"], Reason.PRIMARY_REQUIRED, primary=True)
     assert admits(known, asked, serve, observed("p", recovery=False), NOW) is admitted
     assert admits(known, asked, serve, observed("p", recovery=False, timeline=2), NOW)
+
+
+# Servers that do not tell their system
+
+
+def limited(*, at: float = NOW) -> Observation:
+    """Observe a primary that refuses its WAL functions."""
+    return observed("p", None, timeline=None, recovery=False, system=0, at=at)
+
+
+@pytest.mark.parametrize("level", [CAUSAL, Consistency.READ_YOUR_WRITES])
+def test_a_token_of_an_unknown_system_is_served_by_the_primary(level: Consistency) -> None:
+    """The system of the token may be ours: nobody else can be shown to have its position."""
+    known = Cluster(["primary", "a"], Settings.of({}))
+    known.record("primary", limited())
+    known.record("a", observed("a", None, timeline=None, system=0))
+    assert ("primary", Reason.NO_REPLICA) == outcome(ask(known, read(at(10), level)))
+    asked = read(at(10), level, primary_error=ERROR, refreshed=True, waited=True)
+    assert isinstance(ask(known, asked), Fail)
+
+
+def test_what_is_unknown_does_not_replace_what_is_known() -> None:
+    """The functions are refused from now on: the system is still the one that it was."""
+    known = cluster("a")
+    known.record("primary", limited(at=NOW + 1))
+    assert SYSTEM == known.system_id
+    asked = read(at(5000), primary_error=ERROR, refreshed=True, waited=True)
+    assert isinstance(ask(known, asked, now=LATER), Fail)
+    known.record("primary", observed("p", at=NOW + 2, recovery=False))
+    assert (SYSTEM, known.nodes["primary"]) == (known.system_id, known.primary)
+
+
+# A read that may be stale
+
+
+def test_a_stale_read_takes_no_replica_that_is_refused_or_abandoned() -> None:
+    """Its connections would not be admitted; the read would ask for them again and again."""
+    known = failed_over("a", "b")
+
+    def stale(asked: Read) -> str | None:
+        serve = decide_stale(known, asked, Reason.TIMELINE_CHANGED, NOW, lambda: 0.5)
+        return None if serve is None else serve.node.name
+
+    assert "a" == stale(read(refused={"b"}))
+    known.record("b", observed("b", 10**9, at=NOW + 1, started="2"))
+    assert "a" == stale(read())
+    assert stale(read(refused={"a"})) is None
+    assert "b" == stale(read(None, Consistency.EVENTUAL, refused={"a"}))

@@ -10,7 +10,7 @@ import pytest
 
 from lsn_consistency import Consistency, Position, Reason, Session, Token, _plans, _writes
 from lsn_consistency._plans import Lease
-from lsn_consistency._steps import AwaitPosition, Checkout, Fetch, NodeFailure
+from lsn_consistency._steps import AwaitObservation, AwaitPosition, Checkout, Fetch, NodeFailure
 from lsn_consistency.events import LostWrite
 from lsn_consistency.exceptions import LostWriteError, NoNodeAvailableError, RoutingError
 from lsn_consistency.lsn import Lsn, TimelineHistory
@@ -153,7 +153,7 @@ def test_a_lost_write_is_reported_once_and_costs_one_read(loss: str, level: Cons
         again.route.waited_seconds,
     )
     close_read(world, session, again)
-    assert 1 == len(lost_writes(world))
+    assert (1, []) == (len(lost_writes(world)), world.warnings)
     world.check_idle()
 
 
@@ -291,6 +291,16 @@ def test_without_a_history_the_token_is_replaced_without_a_word(
     assert "timeline 2" in world.warnings[0]
 
 
+def test_a_choice_replaces_a_token_that_cannot_be_proven() -> None:
+    """No read follows that would: the session of a choice moves to the new timeline as well."""
+    world, token = failed_over(lost=False, history=False)
+    session = Session(token)
+    assert Reason.TIMELINE_CHANGED is choose(world, session).result.reason
+    assert end_of(world) == held(session)
+    assert Reason.CAUGHT_UP is choose(world, session).result.reason
+    assert ([], 1) == (lost_writes(world), len(world.warnings))
+
+
 def test_a_warning_for_each_timeline_whose_history_is_not_known() -> None:
     """A second failover is another one to know of."""
     world, token = failed_over(history=False)
@@ -330,6 +340,47 @@ def test_a_replica_without_the_position_does_not_serve_after_the_failover() -> N
     probe_all(world)
     lease = open_read(world, session).result
     assert (True, Reason.NOT_CAUGHT_UP) == (lease.route.is_primary, lease.route.reason)
+
+
+def test_a_replica_that_is_behind_has_lost_nothing() -> None:
+    """A forced read of it shows less than the session holds: no word, and the session stays."""
+    world = ready_world()
+    commit(world)
+    session = Session(Token([end_of(world)]))
+    for server in world.servers:
+        server.paused = True
+    read = world.core.new_read(session, None, None)
+    lease = run(world, _plans.open_forced(world.core, session, read, "b")).result
+    close_read(world, session, lease)
+    assert [] == lost_writes(world)
+    assert end_of(world) == held(session)
+
+
+def test_replicas_are_compared_once_and_that_is_no_refresh() -> None:
+    """A plain role's replicas, the primary gone: they serve once all are seen to be standbys."""
+    world = ready_world()
+    for server in world.servers:
+        server.timeline_known, server.restartpoint = False, 1
+    # The one that was seen first does not have the position, so no other was seen after the rest.
+    server_of(world, "a").paused = True
+    commit(world)
+    replicate(world)
+    session = Session(Token([end_of(world)]))
+    primary_of(world).stop()
+    for _ in range(4):
+        for name in world.endpoints:
+            world.pass_time(1.0)
+            world.probe(name, Random(CHANCE))
+    read = world.core.new_read(session, None, None)
+    operation = Operation(world, _plans.open_read(world.core, session, read))
+    asked: list[str] = []
+    while not operation.done:
+        if isinstance(operation.step, AwaitObservation) and operation.step.node not in asked:
+            asked.append(operation.step.node)
+        operation.advance(Random(CHANCE))
+    assert Reason.PRIMARY_DOWN is operation.result.route.reason
+    assert ["b", "a", "c"] == asked
+    assert (True, False) == (read.compared, read.refreshed)
 
 
 # What others do to the session meanwhile
@@ -609,3 +660,20 @@ def test_what_the_session_holds_tells_where_its_timeline_has_begun(timeline: int
     assert session.token.pin_until is None
     again = open_read(world, session).result
     assert Reason.PRIMARY_DOWN is again.route.reason
+
+
+def test_what_it_holds_on_another_timeline_tells_nothing() -> None:
+    """A standby may stand on either side of the switch point: pinned, not guessed."""
+    former, token = failed_over(lost=False)
+    primary_of(former).stop()
+    world = Simulation(
+        [Endpoint(name, list(each.servers)) for name, each in former.endpoints.items()]
+    )
+    for _ in range(3):
+        probe_all(world)
+    session = Session(token)
+    read = world.core.new_read(session, None, None)
+    lease = run(world, _plans.open_forced(world.core, session, read, "b")).result
+    close_read(world, session, lease)
+    assert token.positions == session.token.positions
+    assert session.token.pin_until is not None
