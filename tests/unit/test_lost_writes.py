@@ -632,6 +632,27 @@ def test_an_error_of_the_last_look_does_not_hide_the_lost_write() -> None:
     world.check_idle()
 
 
+def test_a_standby_that_may_have_gone_over_gives_no_position_of_the_old_timeline() -> None:
+    """It says timeline 1 still, and can have shown log of timeline 2: the primary is asked."""
+    world, _ = failed_over(lost=False)
+    for name in "bc":
+        server = server_of(world, name)
+        server.timeline_known, server.restartpoint = False, 1
+        server.crash(0.0)
+    probe_all(world)
+    replicate(world)
+    newest = world.core.cluster.nodes["b"].newest
+    assert newest is not None
+    assert 1 == newest.timeline
+    session = Session()
+    read = world.core.new_read(session, None, None)
+    lease = run(world, _plans.open_forced(world.core, session, read, "b")).result
+    close_read(world, session, lease)
+    assert end_of(world) == held(session)
+    close_read(world, session, open_read(world, session).result)
+    assert [] == lost_writes(world)
+
+
 # A process that was started while the primary was down
 
 
