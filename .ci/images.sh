@@ -19,7 +19,11 @@ umask 022
 
 readonly PULL_SECONDS=300
 readonly MAKE_SECONDS=600
-readonly DEBIAN=http://deb.debian.org/debian
+# Where this machine has Debian's packages from.
+# shellcheck disable=SC2016
+DEBIAN="$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
+    grep --invert-match --max-count=1 security || true)"
+readonly DEBIAN
 
 # What postgresql-19 needs of sid; installing the package whole would take far more.
 readonly LIBRARIES_19=libgssapi-krb5-2,libicu78,libldap2,liblz4-1,libnuma1,libpam0g,libpq5,libreadline8t64,\
