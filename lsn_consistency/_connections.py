@@ -76,19 +76,21 @@ def look(core: Core, read: Read | None, serve: Serve, conn: Any) -> Plan[tuple[F
     return facts, core.observed(name, seen)
 
 
-def make_read_only(core: Core, conn: Any, facts: Facts, *, in_recovery: bool) -> Plan[None]:
+def make_read_only(core: Core, conn: Any, facts: Facts, *, in_recovery: bool) -> Plan[bool]:
     """
-    Let nothing be written in the read's transactions.
+    Let nothing be written in the read's transactions; True if that took a round trip.
     """
     if facts.pooled:
         # The transaction that the check opened is read-only already.
-        return
+        return False
     if not conn.autocommit:
         yield from _change_to_read_only(conn, facts)
     elif not facts.read_only and not (in_recovery and core.is_given(facts.node)):
         # A standby is read-only by itself: a given pool's connection need not be changed and back.
         yield Fetch(conn, _sql.READ_ONLY)
         facts.read_only = True
+        return True
+    return False
 
 
 def begin(conn: Any, facts: Facts) -> Plan[None]:
@@ -117,6 +119,16 @@ def make_writable(conn: Any, facts: Facts) -> Plan[None]:
     if facts.read_only:
         yield Fetch(conn, _sql.READ_WRITE)
         facts.read_only = False
+
+
+def hand_back(core: Core, name: str, conn: Any) -> Plan[None]:
+    """
+    Give back a connection that may not have its own settings any more.
+    """
+    facts = core.facts_of(conn)
+    # Its owner must not get it with the settings of a read.
+    left = facts is not None and (facts.changed or facts.read_only)
+    yield Return(name, conn, discard=left and core.is_given(name) and not conn.closed)
 
 
 def refuse(core: Core, name: str, conn: Any, facts: Facts, *, discard: bool) -> Plan[None]:

@@ -15,6 +15,7 @@ from lsn_consistency._connections import (
     READY_SECONDS,
     begin,
     checkout_of_primary,
+    hand_back,
     look,
     look_again,
     make_read_only,
@@ -34,7 +35,6 @@ from lsn_consistency._steps import (
     Checkout,
     NodeFailure,
     Plan,
-    Return,
     observe,
 )
 from lsn_consistency._verdicts import Fail, Lost, Read, Refresh, Serve, Wait
@@ -171,7 +171,7 @@ def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lea
                 yield from begin(conn, facts)
             yield from make_read_only(core, conn, facts, in_recovery=False)
         except BaseException:
-            yield Return(name, conn)
+            yield from hand_back(core, name, conn)
             raise
     except NodeFailure as failure:
         core.cluster.leave(node, fallback=False)
@@ -247,7 +247,7 @@ def _give_back(core: Core, lease: Lease, observed: Identity | None) -> Plan[Obse
         report(core, lease.node, failure)
     finally:
         core.cluster.leave(core.cluster.nodes[lease.node], fallback=lease.fallback)
-        yield Return(lease.node, lease.conn)
+        yield from hand_back(core, lease.node, lease.conn)
     return seen
 
 
@@ -318,10 +318,13 @@ def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts, Obs
         try:
             facts, seen = yield from look(core, read, serve, conn)
             if core.admits(read, serve, seen):
-                yield from make_read_only(core, conn, facts, in_recovery=seen.in_recovery)
-                return conn, facts, seen
+                recovery = seen.in_recovery
+                asked = yield from make_read_only(core, conn, facts, in_recovery=recovery)
+                # Meanwhile the lag has grown.
+                if not asked or core.admits(read, serve, seen):
+                    return conn, facts, seen
         except BaseException:
-            yield Return(name, conn)
+            yield from hand_back(core, name, conn)
             raise
         hides = serve.node.hides_servers
         discard = hides and core.may_recycle(seen)

@@ -67,19 +67,39 @@ def advance_past_read(
         if position is not None:
             session.advance(Token([position]))
             return
-    yield from advance_past_primary(core, session, held, started)
+    yield from advance_past_primary(core, session, held, started, shown=seen)
 
 
-def advance_past_primary(core: Core, session: Session, held: Token, started: float) -> Plan[None]:
+def advance_past_primary(
+    core: Core,
+    session: Session,
+    held: Token,
+    started: float,
+    *,
+    shown: Observation | None = None,
+) -> Plan[None]:
     """
     Advance the session past everything that the primary has by now; pin it if that is unknown.
+
+    ``shown`` is the server that the session has read from.
     """
     # The primary's position is an upper bound for everything that any node can have shown.
     seen = None
     if (primary := core.cluster.primary) is not None:
         seen = yield AwaitObservation(primary.name, started, core.settings.probe_timeout)
+    if shown is not None and seen is not None and (shown.timeline or 0) > (seen.timeline or 0):
+        # Of a former primary that is no bound. The session remembers that there is a newer one.
+        _name_timeline(session, shown, held)
+        seen = None
     if seen is None or seen.in_recovery or not advance_to(core, session, seen, held):
         pin(core, session, "no position could be taken")
+
+
+def _name_timeline(session: Session, shown: Observation, held: Token) -> None:
+    before = held.get(shown.server.system_id)
+    if shown.position is not None:
+        lsn = shown.position.lsn if before is None else max(shown.position.lsn, before.lsn)
+        session.advance(Token([shown.position._replace(lsn=lsn)]))
 
 
 def or_pinned(core: Core, session: Session, plan: Plan[None]) -> Plan[None]:
