@@ -26,7 +26,7 @@ middle of an operation.
 
 This page was written by
 
-```console
+```sh
 $ {command}
 ```
 
