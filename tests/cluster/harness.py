@@ -457,6 +457,18 @@ def make_table(pg: EmbeddedCluster, name: str) -> str:
     return name
 
 
+def restartpoints(pg: EmbeddedCluster) -> None:
+    """
+    Let the control file of every node name its timeline, which is what a plain role goes by.
+    """
+    leader = pg.leader
+    leader.execute("CHECKPOINT")
+    pg.wait_caught_up()
+    for node in pg.nodes.values():
+        if node is not leader:
+            node.execute("CHECKPOINT")
+
+
 def insert_lsn(node: Node) -> Lsn:
     """
     Return the primary's insert position as its function gives it, headers and all.

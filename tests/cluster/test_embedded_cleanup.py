@@ -22,7 +22,7 @@ from lsn_consistency.testing import EmbeddedCluster, find_programs
 from lsn_consistency.testing._reaper import GRACE_SECONDS, process_table, processes_in, sweep
 from lsn_consistency.testing.programs import CACHE_VARIABLE
 
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = 60.0
 ROOT = Path(next(iter(lsn_consistency.__path__))).parent
 
 # Standard output is closed once the folder is printed: the test then reads its end, unless a

@@ -15,7 +15,15 @@ from lsn_consistency import Consistency, Lsn, Position, Reason, Token, current_s
 from lsn_consistency.events import LostWrite
 from lsn_consistency.exceptions import LostWriteError, NoNodeAvailableError
 from lsn_consistency.testing import EmbeddedCluster, Node
-from tests.cluster.harness import App, Kind, insert_lsn, make_table, open_router, wait_until
+from tests.cluster.harness import (
+    App,
+    Kind,
+    insert_lsn,
+    make_table,
+    open_router,
+    restartpoints,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -43,18 +51,8 @@ def cluster() -> Iterator[EmbeddedCluster]:
 def pg(cluster: EmbeddedCluster) -> EmbeddedCluster:
     """Offer the cluster healed, with a restartpoint: plain roles know all timelines again."""
     cluster.heal()
-    _restartpoints(cluster)
+    restartpoints(cluster)
     return cluster
-
-
-def _restartpoints(pg: EmbeddedCluster) -> None:
-    """Let the control file of every node name the timeline that it is on."""
-    leader = pg.leader
-    leader.execute("CHECKPOINT")
-    pg.wait_caught_up()
-    for node in pg.nodes.values():
-        if node is not leader:
-            node.execute("CHECKPOINT")
 
 
 @pytest.fixture
@@ -268,7 +266,7 @@ def test_a_replica_that_follows_the_new_primary_is_used(
         if role == "plain":
             early, _ = _counts(app, "items", token, consistency=Consistency.READ_YOUR_WRITES)
             assert (1, leader.port) == (early.value, early.port)
-            _restartpoints(pg)
+            restartpoints(pg)
         others = {"primary", "replica_2"}
         app.wait_for(lambda nodes: all((nodes[n]["lag_seconds"] or 9) < 1.0 for n in others))
         answers = [_counts(app, "items", token)[0] for _ in range(40)]

@@ -13,7 +13,7 @@ from lsn_consistency.events import PositionUnknown, RoleChanged
 from lsn_consistency.exceptions import NoNodeAvailableError
 from lsn_consistency.testing import EmbeddedCluster
 from tests.cluster.conftest import OpenRouter
-from tests.cluster.harness import App
+from tests.cluster.harness import App, restartpoints
 
 
 def test_swapped_conninfos_are_found_out(
@@ -185,6 +185,8 @@ def test_positions_of_other_systems_change_nothing(
 
 
 def _as_app(pg: EmbeddedCluster) -> dict[str, object]:
+    # Tests before may have left the cluster on a new timeline.
+    restartpoints(pg)
     nodes = {name: node.conninfo_for(user="app") for name, node in pg.nodes.items()}
     return {"primary": nodes.pop("primary"), "replicas": nodes}
 

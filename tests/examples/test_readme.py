@@ -143,7 +143,7 @@ def test_grants(pg_cluster: EmbeddedCluster) -> None:
     pg_cluster.primary.execute("DROP ROLE IF EXISTS shop")
     pg_cluster.primary.execute("CREATE ROLE shop")
     statements = [each for each in blocks(ROOT / "docs" / "grants.md") if each.language == "sql"]
-    assert 2 == len(statements)
+    assert 3 == len(statements)
     for block in statements:
         pg_cluster.primary.execute(block.text)
     pg_cluster.primary.execute("DROP OWNED BY shop")

@@ -19,7 +19,7 @@ AVAILABILITY: Final = 0.999
 FORGIVEN: Final = 1
 """Unanswered reads of one kind of fault that are no verdict: a short run has too few for a rate."""
 
-REPLICA_SHARES: Final[Mapping[Scope, float]] = {"replica": 0.5, "failover": 0.25, "primary": 0.0}
+REPLICA_SHARES: Final[Mapping[Scope, float]] = {"replica": 0.3, "failover": 0.25, "primary": 0.0}
 """The least share of replicas in the answers while a fault is there, by whom it hits."""
 
 ENOUGH_READS: Final = 50

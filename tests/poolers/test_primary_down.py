@@ -26,7 +26,7 @@ def test_a_session_goes_on_reading_without_the_primary(
     What a read has shown is asked of its own server, inside its transaction; the primary, which
     could not answer, is not needed for it.
     """
-    with through(probe_timeout=0.3) as app:
+    with through() as app:
         app.write(f"INSERT INTO {table} VALUES (1)")
         token = app.token()
         pg.wait_caught_up()
