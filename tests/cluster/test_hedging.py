@@ -279,7 +279,8 @@ def test_hedges_are_a_share_of_the_reads(
         hedged = len(app.events_of(ReadHedged))
         wait_free(app)
     assert least <= hedged <= most
-    assert reads + hedged == len(ports)
+    # A slow run can be cancelled before it has told where it is.
+    assert reads <= len(ports) <= reads + hedged
 
 
 def test_the_session_advances_by_the_winner_alone(
