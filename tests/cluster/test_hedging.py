@@ -124,7 +124,7 @@ def sleeping(node: Node) -> int:
 
 def connected(app: App, node: Node) -> int:
     """Return how many connections the pool of a node has opened so far."""
-    return int(app.pools[node.name].get_stats()["connections_num"])
+    return int(app.pools[node.name].get_stats().get("connections_num", 0))
 
 
 def held(app: App) -> dict[str, int]:
