@@ -18,13 +18,17 @@ install_programs() {
     # PostgreSQL as Debian builds it reads its time zones from the machine.
     [[ -e /usr/share/zoneinfo/UTC ]] || missing+=(tzdata)
     printf 'missing: %s\n' "${missing[*]:-nothing}"
-    ((${#missing[@]})) || return 0
+    # Without lists of packages the images cannot be made either, so their being there counts too.
+    if ((${#missing[@]} == 0)) && [[ -n "$(apt-get indextargets 2>/dev/null)" ]]; then
+        return 0
+    fi
     command -v apt-get >/dev/null || {
         printf 'this machine has no apt-get: install them by hand\n'
         return 1
     }
     # A foreign source of packages that does not answer does not matter, if the rest is found.
     as_root apt-get update -qq || true
+    ((${#missing[@]})) || return 0
     as_root env DEBIAN_FRONTEND=noninteractive \
         apt-get install -qq --yes --no-install-recommends "${missing[@]}" >"$work/apt.log" 2>&1 || {
         tail -n 20 "$work/apt.log"

@@ -21,8 +21,8 @@ readonly PULL_SECONDS=300
 readonly MAKE_SECONDS=600
 # Where this machine has Debian's packages from.
 # shellcheck disable=SC2016
-DEBIAN="$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
-    grep --invert-match --max-count=1 security || true)"
+DEBIAN="$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' \
+    2>/dev/null | grep --invert-match --max-count=1 security || true)"
 readonly DEBIAN
 
 # What postgresql-19 needs of sid; installing the package whole would take far more.
