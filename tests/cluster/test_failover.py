@@ -120,6 +120,12 @@ def _wait_followed(app: App, leader: Node) -> None:
     app.wait_for(followed)
 
 
+def _wait_watched(app: App, leader: Node) -> None:
+    """Wait until the leader's monitor has seen the promotion, and with it the switch point."""
+    _wait_followed(app, leader)
+    app.wait_for(lambda nodes: bool(nodes[leader.name]["switch_points"]))
+
+
 def _counts(app: App, table: str, token: Token | None, **options: Any) -> Any:
     with app.session(token):
         answer = app.ask(f"SELECT count(*) FROM {table}", **options)
@@ -176,7 +182,7 @@ def test_a_lost_write_is_never_looked_for_on_the_new_timeline(
     with opened(role) as app:
         app.wait_healthy()
         _, lost, first, second = _lose(app, pg, "items")
-        _wait_followed(app, first)
+        _wait_watched(app, first)
         answer, token = _counts(app, "items", lost)
         events = app.events_of(LostWrite)
         again = app.choose(token)
@@ -314,7 +320,7 @@ def test_a_lost_write_can_be_an_error(opened: Opened, pg: EmbeddedCluster) -> No
     with opened("plain", on_lost_write="error") as app:
         app.wait_healthy()
         _, lost, first, _ = _lose(app, pg, "items")
-        _wait_followed(app, first)
+        _wait_watched(app, first)
         with app.session(lost):
             with pytest.raises(LostWriteError) as raised:
                 app.ask("SELECT count(*) FROM items")

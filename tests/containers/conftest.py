@@ -20,6 +20,8 @@ OpenRouter = Callable[..., AbstractContextManager[App]]
 START_SECONDS = 300
 """The first test may have to pull an image."""
 
+USER_TIMEOUT_MS = 1500
+
 OPTIONS: dict[str, Any] = {
     "max_lag_seconds": 3.0,
     "wait_seconds": 0.5,
@@ -81,5 +83,10 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 @pytest.fixture
 def opened(kind: Kind, pg: ContainerCluster) -> OpenRouter:
-    """Offer `open_router` for this kind and the session's cluster."""
-    return partial(open_router, kind, cast(Any, pg), **OPTIONS)
+    """Offer `open_router` for this kind, with connections that notice a host that is gone."""
+    nodes = {
+        name: node.conninfo_for(tcp_user_timeout=USER_TIMEOUT_MS) for name, node in pg.nodes.items()
+    }
+    primary = nodes.pop("primary")
+    cluster: Any = pg
+    return partial(open_router, kind, cluster, primary=primary, replicas=nodes, **OPTIONS)
