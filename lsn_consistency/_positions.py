@@ -59,14 +59,8 @@ def advance_past_read(
     """
     if seen is not None and advance_to(core, session, seen, held):
         return
-    primary = core.cluster.primary
-    if seen is not None and (primary is None or primary.failures):
-        # No walreceiver, so no bound, and no primary to ask: its standbys have lost it. To pin the
-        # session to it would stop the session's reads; docs/limits.md says what this leaves open.
-        position = _own_position(core, seen, seen.lsn, held)
-        if position is not None:
-            session.advance(Token([position]))
-            return
+    if seen is not None and _advanced_without_primary(core, session, seen, held):
+        return
     yield from advance_past_primary(core, session, held, started, shown=seen)
 
 
@@ -91,8 +85,25 @@ def advance_past_primary(
         # Of a former primary that is no bound. The session remembers that there is a newer one.
         _name_timeline(session, shown, held)
         seen = None
-    if seen is None or seen.in_recovery or not advance_to(core, session, seen, held):
+    if seen is not None and not seen.in_recovery and advance_to(core, session, seen, held):
+        return
+    # That it is gone may have been found out by asking it.
+    if shown is None or not _advanced_without_primary(core, session, shown, held):
         pin(core, session, "no position could be taken")
+
+
+def _advanced_without_primary(
+    core: Core, session: Session, shown: Observation, held: Token
+) -> bool:
+    # No walreceiver, so no bound, and no primary to ask: its standbys have lost it. To pin the
+    # session to it would stop the session's reads; docs/limits.md says what this leaves open.
+    primary = core.cluster.primary
+    if primary is not None and not primary.failures:
+        return False
+    position = _own_position(core, shown, shown.lsn, held)
+    if position is not None:
+        session.advance(Token([position]))
+    return position is not None
 
 
 def _name_timeline(session: Session, shown: Observation, held: Token) -> None:
