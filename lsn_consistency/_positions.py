@@ -59,7 +59,9 @@ def advance_past_read(
     """
     if seen is not None and advance_to(core, session, seen, held):
         return
-    if seen is not None and _advanced_without_primary(core, session, seen, held):
+    primary = core.cluster.primary
+    gone = primary is None or primary.failures > 0
+    if gone and seen is not None and _advanced_without_primary(core, session, seen, held):
         return
     yield from advance_past_primary(core, session, held, started, shown=seen)
 
@@ -81,15 +83,16 @@ def advance_past_primary(
     seen = None
     if (primary := core.cluster.primary) is not None:
         seen = yield AwaitObservation(primary.name, started, core.settings.probe_timeout)
+    gone = seen is None
     if shown is not None and seen is not None and (shown.timeline or 0) > (seen.timeline or 0):
         # Of a former primary that is no bound. The session remembers that there is a newer one.
         _name_timeline(session, shown, held)
         seen = None
     if seen is not None and not seen.in_recovery and advance_to(core, session, seen, held):
         return
-    # That it is gone may have been found out by asking it.
-    if shown is None or not _advanced_without_primary(core, session, shown, held):
-        pin(core, session, "no position could be taken")
+    if gone and shown is not None and _advanced_without_primary(core, session, shown, held):
+        return
+    pin(core, session, "no position could be taken")
 
 
 def _advanced_without_primary(
@@ -97,9 +100,6 @@ def _advanced_without_primary(
 ) -> bool:
     # No walreceiver, so no bound, and no primary to ask: its standbys have lost it. To pin the
     # session to it would stop the session's reads; docs/limits.md says what this leaves open.
-    primary = core.cluster.primary
-    if primary is not None and not primary.failures:
-        return False
     position = _own_position(core, shown, shown.lsn, held)
     if position is not None:
         session.advance(Token([position]))
