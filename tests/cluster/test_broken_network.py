@@ -207,7 +207,7 @@ def test_reads_leave_half_open_connections(
         pg.wait_caught_up()
         _serves_again(app, table, token, half.port)
         proxies[half.name].half_open()
-        time.sleep(POLL + PROBE_TIMEOUT + OVERDUE)
+        time.sleep(3 * (POLL + PROBE_TIMEOUT + OVERDUE))
         try:
             # A read that is sent over a dead connection would wait for ever.
             [reading] = app.start_each(1, lambda _: _reads(app, table, token, 1.5))
