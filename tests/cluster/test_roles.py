@@ -171,6 +171,7 @@ def test_positions_of_other_systems_change_nothing(
     """A token may carry the positions of databases that this router does not know."""
     foreign = Token([Position(4711, 3, Lsn.parse("FFFF/0"))])
     with opened(wait_seconds=5.0) as app, app.session(foreign):
+        app.wait_healthy()
         before = app.ask("SELECT 1", consistency=Consistency.READ_YOUR_WRITES)
         app.write(f"INSERT INTO {table} VALUES (1)")
         after = app.ask(f"SELECT count(*) FROM {table}")
