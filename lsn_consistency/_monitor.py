@@ -60,7 +60,7 @@ class Monitor:
         self._awake = asyncio.Event()
         self._probed_at = _LONG_AGO
         self._patience = FIRST_PATIENCE_SECONDS
-        self._leaves_at = _LONG_AGO
+        self._leaves_at: float | None = None
 
     def kick(self) -> None:
         """
@@ -139,11 +139,14 @@ class Monitor:
         core = self._core
         now = core.clock()
         if not seen.in_recovery or not core.lags(seen):
-            self._patience = FIRST_PATIENCE_SECONDS
+            self._patience, self._leaves_at = FIRST_PATIENCE_SECONDS, None
+        elif self._leaves_at is None:
+            # At first no lag is known: the primary has not been observed yet.
+            self._leaves_at = now + self._patience
         elif now >= self._leaves_at:
             self._close()
-            self._leaves_at = now + self._patience
             self._patience = min(2 * self._patience, MAX_PATIENCE_SECONDS)
+            self._leaves_at = now + self._patience
 
     async def _observe(self) -> Observation:
         timeout = self._core.settings.probe_timeout

@@ -25,6 +25,9 @@ REPLICA_SHARES: Final[Mapping[Scope, float]] = {"replica": 0.3, "failover": 0.25
 ENOUGH_READS: Final = 50
 """A kind of fault with fewer reads while it lasted says nothing about shares."""
 
+ENOUGH_FAILOVERS: Final = 3
+"""After a single failover it is chance how soon a replica follows the new primary and serves."""
+
 
 @dataclass(frozen=True)
 class KindSummary:
@@ -182,10 +185,17 @@ def _unavailable(summary: Summary, patience: float) -> Iterator[str]:
                 f"{kind.name}: p99 is {kind.p99_seconds:.2f} s, over the "
                 f"{summary.limit_seconds:.2f} s of {summary.limit_text}"
             )
-        floor = REPLICA_SHARES[KINDS[kind.name].scope] if kind.name in KINDS else 0.0
+        floor = _least_share(kind)
         if kind.active_reads >= ENOUGH_READS and (kind.replica_share or 0.0) < floor:
             share = kind.replica_share or 0.0
             yield f"{kind.name}: only {share:.0%} of the answers came from replicas"
+
+
+def _least_share(kind: KindSummary) -> float:
+    scope = KINDS[kind.name].scope if kind.name in KINDS else "primary"
+    if scope == "failover" and kind.times < ENOUGH_FAILOVERS:
+        return 0.0
+    return REPLICA_SHARES[scope]
 
 
 def as_json(summary: Summary) -> dict[str, Any]:

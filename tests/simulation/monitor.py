@@ -36,7 +36,7 @@ class Monitor:
         self.awake = Signal(process.loop)
         self.probed_at = -inf
         self.patience = FIRST_PATIENCE_SECONDS
-        self.leaves_at = -inf
+        self.leaves_at: float | None = None
 
     def kick(self) -> None:
         self.awake.set()
@@ -95,11 +95,13 @@ class Monitor:
     def _leave_if_lagging(self, seen: Observation) -> None:
         now = self.core.clock()
         if not seen.in_recovery or not self.core.lags(seen):
-            self.patience = FIRST_PATIENCE_SECONDS
+            self.patience, self.leaves_at = FIRST_PATIENCE_SECONDS, None
+        elif self.leaves_at is None:
+            self.leaves_at = now + self.patience
         elif now >= self.leaves_at:
             self._close()
-            self.leaves_at = now + self.patience
             self.patience = min(2 * self.patience, MAX_PATIENCE_SECONDS)
+            self.leaves_at = now + self.patience
 
     def _ask_timeline(self, seen: Observation) -> Steps:
         """What `_replication.TimelineSource` does, for a role with the REPLICATION attribute."""
