@@ -130,10 +130,14 @@ def read_observation(
 ) -> Observation:
     """
     Read the probe columns of a row that came from the server of ``identity``.
+
+    Raises `ValueError` for a row that no server gives, such as one that leaves its role open.
     """
     pid, recovery, paused, lsn, other, timeline, received, streaming, delayed, age, switch = row[
         :_PROBE_WIDTH
     ]
+    if recovery not in ("t", "f"):
+        raise ValueError(f"pg_is_in_recovery() is {recovery!r}")
     in_recovery = recovery == "t"
     position = None if lsn is None else Lsn.parse(lsn)
     second = None if other is None else Lsn.parse(other)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from typing import Any, Final, NamedTuple, TypeVar
 
+from psycopg import OperationalError
+
 from lsn_consistency import _sql
 from lsn_consistency._hedges import Race, Run
 from lsn_consistency._observation import Observation, Server
@@ -205,8 +207,11 @@ def identify(conn: Any, *, limited: bool = False) -> Plan[tuple[Identity, Observ
         if failure.state not in _sql.WAL_FUNCTIONS_UNAVAILABLE:
             raise
         reply = yield Fetch(conn, _sql.IDENTIFY_WITHOUT_WAL)
-    identity = _sql.read_identity(reply.row, reply.backend_pid)
-    return identity, _sql.read_observation(identity, *reply)
+    try:
+        identity = _sql.read_identity(reply.row, reply.backend_pid)
+        return identity, _sql.read_observation(identity, *reply)
+    except ValueError as error:
+        raise _unreadable(error) from error
 
 
 def observe(conn: Any, identity: Identity) -> Plan[Observation]:
@@ -218,7 +223,15 @@ def observe(conn: Any, identity: Identity) -> Plan[Observation]:
         _, seen = yield from identify(conn, limited=identity.pooled and identity.limited)
         return seen
     reply: Reply = yield Fetch(conn, _sql.PROBE)
-    return _sql.read_observation(identity, *reply)
+    try:
+        return _sql.read_observation(identity, *reply)
+    except ValueError as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: ValueError) -> NodeFailure:
+    # Whatever answered so is not believed in anything.
+    return NodeFailure(OperationalError(f"the server's answer cannot be read: {error}"))
 
 
 def ask_timeline(conn: Any, server: Server) -> Plan[tuple[int, TimelineHistory | None]]:

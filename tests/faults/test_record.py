@@ -474,11 +474,17 @@ def test_an_unavailable_kind_fails(change: dict[str, Any], complaint: str) -> No
     assert [] == failures(replace(summary, grants="none"))
 
 
-def test_the_share_of_replicas_after_a_single_failover_is_chance() -> None:
-    """A failover lasts for a moment, in which the new primary may be first."""
-    once = replace(GOOD, name="failover", times=2, replica_share=0.0)
+def test_rare_failovers_are_judged_together() -> None:
+    """After a single one the new primary may be first; after all of them replicas have served."""
+    once = replace(GOOD, name="failover", times=2, replica_share=0.0, active_reads=100)
+    other = replace(once, name="switchover", replica_share=0.8)
+    late = replace(other, replica_share=0.4)
 
-    assert [] == failures(replace(SUMMARY, kinds=(once,)))
+    assert [] == failures(replace(SUMMARY, kinds=(once, other)))
+    [complaint] = failures(replace(SUMMARY, kinds=(once, late)))
+    assert "failover, switchover: only 20% of the answers came from replicas" == complaint
+    [complaint] = failures(replace(SUMMARY, kinds=(once,)))
+    assert "failover: only 0% of the answers came from replicas" == complaint
 
 
 def test_a_loaded_machine_may_be_given_more_time() -> None:

@@ -26,7 +26,7 @@ ENOUGH_READS: Final = 50
 """A kind of fault with fewer reads while it lasted says nothing about shares."""
 
 ENOUGH_FAILOVERS: Final = 3
-"""After a single failover it is chance how soon a replica follows the new primary and serves."""
+"""Of fewer, all kinds are judged together: how soon a replica serves after one is chance."""
 
 
 @dataclass(frozen=True)
@@ -185,17 +185,27 @@ def _unavailable(summary: Summary, patience: float) -> Iterator[str]:
                 f"{kind.name}: p99 is {kind.p99_seconds:.2f} s, over the "
                 f"{summary.limit_seconds:.2f} s of {summary.limit_text}"
             )
-        floor = _least_share(kind)
-        if kind.active_reads >= ENOUGH_READS and (kind.replica_share or 0.0) < floor:
-            share = kind.replica_share or 0.0
-            yield f"{kind.name}: only {share:.0%} of the answers came from replicas"
+        if kind.active_reads >= ENOUGH_READS and not _is_rare_failover(kind):
+            yield from _rarely_a_replica(kind.name, [kind])
+    rare = [kind for kind in summary.kinds if _is_rare_failover(kind)]
+    if sum(kind.active_reads for kind in rare) >= ENOUGH_READS:
+        yield from _rarely_a_replica(", ".join(kind.name for kind in rare), rare)
 
 
-def _least_share(kind: KindSummary) -> float:
-    scope = KINDS[kind.name].scope if kind.name in KINDS else "primary"
-    if scope == "failover" and kind.times < ENOUGH_FAILOVERS:
-        return 0.0
-    return REPLICA_SHARES[scope]
+def _rarely_a_replica(name: str, kinds: Sequence[KindSummary]) -> Iterator[str]:
+    from_replicas = sum((kind.replica_share or 0.0) * kind.active_reads for kind in kinds)
+    share = from_replicas / sum(kind.active_reads for kind in kinds)
+    scope = _scope(kinds[0])
+    if scope is not None and share < REPLICA_SHARES[scope]:
+        yield f"{name}: only {share:.0%} of the answers came from replicas"
+
+
+def _is_rare_failover(kind: KindSummary) -> bool:
+    return _scope(kind) == "failover" and kind.times < ENOUGH_FAILOVERS
+
+
+def _scope(kind: KindSummary) -> Scope | None:
+    return KINDS[kind.name].scope if kind.name in KINDS else None
 
 
 def as_json(summary: Summary) -> dict[str, Any]:

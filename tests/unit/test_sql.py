@@ -212,6 +212,32 @@ def test_other_errors_of_a_probe_are_failures() -> None:
         plan.throw(NodeFailure(ConnectionError("lost"), state="57P01"))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        (),
+        ("42",),
+        tuple({**PRIMARY, "recovery": None}.values()),
+        tuple({**PRIMARY, "recovery": ""}.values()),
+        tuple({**STANDBY, "lsn": "0/G"}.values()),
+        tuple({**STANDBY, "timeline": "one"}.values()),
+        tuple({**STANDBY, "age": "long"}.values()),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_read_is_a_failure_of_its_server(row: tuple[str | None, ...]) -> None:
+    """A server, or something before it, that answers anything else has no role and no position."""
+    known, new = observe("conn", IDENTITY), identify("conn")
+    next(known)
+    next(new)
+    with pytest.raises(NodeFailure, match="cannot be read") as known_failed:
+        known.send(_reply(row))
+    with pytest.raises(NodeFailure, match="cannot be read") as new_failed:
+        new.send(_reply((*row, *TAIL) if row else ()))
+    for failed in (known_failed, new_failed):
+        assert (True, None) == (failed.value.down, failed.value.state)
+
+
 @pytest.mark.parametrize("kept", [{"pooled": True}, {"limited": True}, {}], ids=repr)
 def test_a_known_server_is_only_probed(kept: dict[str, bool]) -> None:
     """Behind a pooler, or without positions, who answers is asked each time."""
