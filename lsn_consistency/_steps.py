@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from typing import Any, Final, NamedTuple, TypeVar
 
-from psycopg import OperationalError
-
 from lsn_consistency import _sql
 from lsn_consistency._hedges import Race, Run
 from lsn_consistency._observation import Observation, Server
@@ -231,7 +229,7 @@ def observe(conn: Any, identity: Identity) -> Plan[Observation]:
 
 def _unreadable(error: ValueError) -> NodeFailure:
     # Whatever answered so is not believed in anything.
-    return NodeFailure(OperationalError(f"the server's answer cannot be read: {error}"))
+    return NodeFailure(ConnectionError(f"the server's answer cannot be read: {error}"))
 
 
 def ask_timeline(conn: Any, server: Server) -> Plan[tuple[int, TimelineHistory | None]]:

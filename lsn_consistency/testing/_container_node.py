@@ -12,9 +12,16 @@ import psycopg
 
 from lsn_consistency.testing._errors import ClusterError, last_lines
 from lsn_consistency.testing._machines import HOME, Machine, Program
-from lsn_consistency.testing._server import START_SECONDS, Role, StopMode
+from lsn_consistency.testing._server import (
+    START_SECONDS,
+    STOP_SECONDS,
+    STOP_SIGNALS,
+    Role,
+    StopMode,
+)
 from lsn_consistency.testing._storage import StoredNode
 from lsn_consistency.testing._workspace import wait_until
+from lsn_consistency.testing.node import Node
 
 __all__ = ["CLIENTS", "REPLICATION", "ContainerNode", "NetworkName"]
 
@@ -24,16 +31,8 @@ REPLICATION: NetworkName = "replication"
 
 FIRST_PORT = 5432
 
-STOP_SECONDS = 90.0
-
 _DATA = f"{HOME}/data"
 _LOG = f"{HOME}/server.log"
-_PID_LINE, _STATUS_LINE = 0, 7
-_STOP_SIGNALS = {
-    "fast": signal.SIGINT,
-    "immediate": signal.SIGQUIT,
-    "smart": signal.SIGTERM,
-}
 _TRUST = ["host all all all trust", "host replication all all trust"]
 
 
@@ -131,10 +130,10 @@ class ContainerNode(StoredNode):
         """
         The process id of the postmaster, as its machine counts; `ClusterError` if there is none.
         """
-        lines = self._lock_file() if self.running else []
-        if not lines:
+        pid = self._lock_file()[0] if self.running else 0
+        if not pid:
             raise ClusterError(f"{self.name} is not running", self.log_tail())
-        return int(lines[_PID_LINE])
+        return pid
 
     def start(self, *, wait: bool = True) -> None:
         """
@@ -172,14 +171,9 @@ class ContainerNode(StoredNode):
             # The numbers of processes begin anew: somebody else may have that of the server now.
             self._machine.run("rm", "-f", f"{_DATA}/postmaster.pid")
 
-    def _lock_file(self) -> list[str]:
-        """Return the lines of the file in which the server says who it is, if there is one."""
-        return (self._read("postmaster.pid") or "").splitlines()
-
     def _says_ready(self) -> bool:
         """Return whether the server says that it accepts connections."""
-        lines = self._lock_file()
-        return len(lines) > _STATUS_LINE and lines[_STATUS_LINE].strip() == "ready"
+        return self._lock_file()[1]
 
     def stop(self, mode: StopMode = "fast") -> None:
         """
@@ -191,7 +185,7 @@ class ContainerNode(StoredNode):
         if not self.running:
             return
         self.thaw()
-        self._signal(self.pid, _STOP_SIGNALS[mode])
+        self._signal(self.pid, STOP_SIGNALS[mode])
         if not wait_until(lambda: not self.running, STOP_SECONDS):
             problem = f"{self.name} was still there {STOP_SECONDS:g} s after its {mode} stop"
             raise ClusterError(problem, self.log_tail())
@@ -237,6 +231,13 @@ class ContainerNode(StoredNode):
     def _signal(self, pid: int, number: signal.Signals) -> None:
         """Send a signal to one process of the server, which may have ended by itself."""
         self._machine.run("sh", "-c", f"kill -{int(number)} {pid} 2>/dev/null || true")
+
+    def heal(self, source: Node | None = None) -> None:
+        """
+        Undo every fault: see `Node.heal`; the node is connected to both networks again.
+        """
+        self.reconnect()
+        super().heal(source)
 
     # -- the log --------------------------------------------------------------------------------
 

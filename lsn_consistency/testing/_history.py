@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from lsn_consistency.testing._operations import Guarantee, Kind, Operation
 
-__all__ = ["History", "Knowledge", "Masks", "Required", "follow"]
+__all__ = ["History", "Knowledge", "Masks", "Required", "add", "each_once", "follow"]
 
 Masks: TypeAlias = dict[Hashable, int]
 """Sets of values by key, one bit for each value."""
@@ -113,7 +113,7 @@ class History:
     def writers(self, key: Hashable, mask: int) -> list[Operation]:
         """Return the writes of some values of a key, each once."""
         found = (self._writers.get((key, bit)) for bit in _bits_of(mask))
-        return _each_once(write for write in found if write is not None)
+        return each_once(write for write in found if write is not None)
 
     def sessions(self, rule: Guarantee) -> list[list[Operation]]:
         """Return the operations of each client that carry a rule, without failed reads."""
@@ -162,7 +162,7 @@ class Knowledge:
 
     def sources(self, masks: Masks) -> list[Operation]:
         """Return the operations by which some values became known, each once."""
-        return _each_once(
+        return each_once(
             self._sources[key, bit] for key, mask in masks.items() for bit in _bits_of(mask)
         )
 
@@ -218,14 +218,19 @@ class Required:
             part, masks = 0, {}
         masks = dict(masks)
         for write in self._history.writers(key, shown & ~part):
-            for other, mask in self._before.get(id(write), {}).items():
-                masks[other] = masks.get(other, 0) | mask
+            add(masks, self._before.get(id(write), {}))
         if shown.bit_count() > part.bit_count():
             self._largest[key] = (shown, masks)
         return masks
 
 
-def _each_once(operations: Iterable[Operation]) -> list[Operation]:
+def add(masks: Masks, others: Masks) -> None:
+    """Put more values to some."""
+    for key, mask in others.items():
+        masks[key] = masks.get(key, 0) | mask
+
+
+def each_once(operations: Iterable[Operation]) -> list[Operation]:
     """Return operations without repetition; they cannot be hashed, but told apart."""
     return list({id(operation): operation for operation in operations}.values())
 

@@ -15,7 +15,7 @@ from typing import Self, TypeVar
 
 from lsn_consistency.testing._errors import ClusterError
 from lsn_consistency.testing._storage import StoredNode
-from lsn_consistency.testing._topology import Cluster
+from lsn_consistency.testing._topology import NOT_RUNNING, Cluster
 
 __all__ = ["DEFAULT_SETTINGS", "ManagedCluster"]
 
@@ -46,8 +46,6 @@ DEFAULT_SETTINGS: Mapping[str, str] = MappingProxyType(
         "timezone": "UTC",
     }
 )
-
-_NOT_RUNNING = "the cluster is not running: use it in a with block, or start() it"
 
 _N = TypeVar("_N", bound=StoredNode)
 
@@ -85,7 +83,7 @@ class ManagedCluster(Cluster[_N]):
         The major version of PostgreSQL.
         """
         if self._undo is None:
-            raise ClusterError(_NOT_RUNNING)
+            raise ClusterError(NOT_RUNNING)
         return self._version
 
     def __enter__(self) -> Self:

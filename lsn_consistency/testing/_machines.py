@@ -13,13 +13,13 @@ import contextlib
 import ipaddress
 import shlex
 import tarfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from lsn_consistency.testing._errors import ClusterError, ContainersUnavailableError
+from lsn_consistency.testing._workspace import PROGRAM_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from testcontainers.core.docker_client import DockerClient
@@ -32,12 +32,12 @@ ENGINE_SECONDS = 60
 LIFE_SECONDS = 6 * 3600
 """A machine whose test process was killed ends by itself after this time."""
 
-PROGRAM_SECONDS = 120.0
-POLL_SECONDS = 0.02
 NETWORK_TRIALS = 5
 FIRST_HOST = 10
 ACCOUNT = "postgres"
-HOME = "/tmp/lsn-consistency"
+
+HOME = "/var/tmp/lsn-consistency"
+"""A folder inside each container, where its server lives; nothing of this machine."""
 
 # Towards a network that was unplugged the kernel would try for two minutes to connect.
 _SYSCTLS = {"net.ipv4.tcp_syn_retries": "1"}
@@ -109,7 +109,8 @@ class Network:
     """
     A network of a cluster, in which each machine keeps its address for good.
 
-    `purpose` is its name within the cluster. An internal network has no way out of it.
+    It is there from `make()` to `remove()`. `purpose` is its name within the cluster. An internal
+    network has no way out of it.
     """
 
     def __init__(self, engine: DockerClient, purpose: str, *, internal: bool) -> None:
@@ -118,7 +119,6 @@ class Network:
         self._internal = internal
         self._name = f"lsn-consistency-{purpose}-{uuid4().hex[:12]}"
         self._network: Any = None
-        self._make()
 
     @property
     def name(self) -> str:
@@ -127,8 +127,10 @@ class Network:
         """
         return self._name
 
-    def _make(self) -> None:
-        """Make the network, with a range of addresses that the engine found to be free."""
+    def make(self) -> None:
+        """
+        Make the network, with a range of addresses that the engine found to be free.
+        """
         from docker.errors import APIError
         from docker.types import IPAMConfig, IPAMPool
 
@@ -136,19 +138,21 @@ class Network:
             # Addresses may be chosen in a range that was asked for, not in one that was given.
             with _engine_errors("no network could be made"):
                 given = self._create()
-                given.reload()
-                pool = given.attrs["IPAM"]["Config"][0]
-                given.remove()
-            self._range = ipaddress.ip_network(pool["Subnet"])
-            gateway = pool.get("Gateway", str(self._range[1])).partition("/")[0]
-            asked = IPAMConfig(pool_configs=[IPAMPool(subnet=pool["Subnet"], gateway=gateway)])
-            try:
-                self._network = self._create(ipam=asked)
-                return
-            except APIError as error:
-                # Somebody else may have been given the same range meanwhile.
-                if trial == NETWORK_TRIALS - 1:
-                    raise ClusterError(f"no network could be made: {error}") from error
+                try:
+                    given.reload()
+                    pool = given.attrs["IPAM"]["Config"][0]
+                finally:
+                    given.remove()
+                self._range = ipaddress.ip_network(pool["Subnet"])
+                gateway = pool.get("Gateway", str(self._range[1])).partition("/")[0]
+                asked = IPAMConfig(pool_configs=[IPAMPool(subnet=pool["Subnet"], gateway=gateway)])
+                try:
+                    self._network = self._create(ipam=asked)
+                    return
+                except APIError:
+                    # Somebody else may have been given the same range meanwhile.
+                    if trial == NETWORK_TRIALS - 1:
+                        raise
 
     def _create(self, **options: Any) -> Any:
         """Have the engine create it; testcontainers puts its labels on it."""
@@ -177,7 +181,7 @@ class Network:
 
     def remove(self) -> None:
         """
-        Remove the network, once no machine is in it any more.
+        Remove the network, once no machine is in it any more; nothing if it was not made.
         """
         from docker.errors import NotFound
 
@@ -381,17 +385,12 @@ class Program:
         """
         return self._state()[0]
 
-    def finish(self, seconds: float = PROGRAM_SECONDS) -> None:
+    def finish(self) -> None:
         """
-        Wait for its end; `ClusterError` if it fails or takes longer.
+        Wait for its end; `ClusterError` if it fails or takes too long.
         """
-        deadline = time.monotonic() + seconds
-        while True:
-            running, status = self._state()
-            if not running:
-                break
-            if time.monotonic() > deadline:
-                raise ClusterError(f"{self.name} took more than {seconds:g} s")
-            time.sleep(POLL_SECONDS)
+        if not wait_until(lambda: not self.running, PROGRAM_SECONDS):
+            raise ClusterError(f"{self.name} took more than {PROGRAM_SECONDS:g} s")
+        _, status = self._state()
         if status != 0:
             raise ClusterError(f"{self.name} failed with status {status}")

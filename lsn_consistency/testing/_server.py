@@ -11,7 +11,9 @@ import select
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from types import MappingProxyType
 from typing import Any, Literal
 
 import psycopg
@@ -28,6 +30,13 @@ StopMode = Literal["fast", "immediate", "smart"]
 START_SECONDS = 60.0
 WAIT_SECONDS = 30.0
 """How long a setting or a state of the server may take to come into force."""
+
+STOP_SECONDS = 90.0
+"""Longer than wal_sender_timeout: a fast stop waits that long for a replica that hangs."""
+
+STOP_SIGNALS: Mapping[StopMode, signal.Signals] = MappingProxyType(
+    {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "smart": signal.SIGTERM}
+)
 
 CONNECT_SECONDS = 10
 CONFLICT_SECONDS = 10.0
@@ -213,12 +222,10 @@ class Server(ABC):
         Returns when the server accepts connections again. It is the same postmaster, so its start
         time does not change, while a replica may come back in the past.
         """
-        victim, witness = self.connect(), self.connect()
-        self._signal(victim.info.backend_pid, signal.SIGKILL)
-        # The postmaster ends the other connections too; until then it has not noticed.
-        noticed, _, _ = select.select([witness.fileno()], [], [], WAIT_SECONDS)
-        victim.close()
-        witness.close()
+        with closing(self.connect()) as victim, closing(self.connect()) as witness:
+            self._signal(victim.info.backend_pid, signal.SIGKILL)
+            # The postmaster ends the other connections too; until then it has not noticed.
+            noticed, _, _ = select.select([witness.fileno()], [], [], WAIT_SECONDS)
         if not noticed:
             problem = f"{self.name} did not notice that a backend died"
             raise ClusterError(problem, self.log_tail())

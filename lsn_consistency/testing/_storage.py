@@ -15,6 +15,8 @@ __all__ = ["StoredNode"]
 
 _SETTINGS_FILE = "postgresql.auto.conf"
 _STANDBY_FILE = "standby.signal"
+_LOCK_FILE = "postmaster.pid"
+_PID_LINE, _STATUS_LINE = 0, 7
 _OF_REPLICATION = ("primary_conninfo", "recovery_min_apply_delay")
 
 
@@ -57,6 +59,16 @@ class StoredNode(Node):
         """
         Wait until the server accepts connections.
         """
+
+    def _lock_file(self) -> tuple[int, bool]:
+        """
+        Return who runs on the data directory, and whether it says that it accepts connections.
+
+        That is the process id of the postmaster, 0 without one.
+        """
+        lines = (self._read(_LOCK_FILE) or "").splitlines()
+        pid = int(lines[_PID_LINE]) if lines and lines[_PID_LINE].isdecimal() else 0
+        return pid, len(lines) > _STATUS_LINE and lines[_STATUS_LINE].strip() == "ready"
 
     # -- making and copying ---------------------------------------------------------------------
 

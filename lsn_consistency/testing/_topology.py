@@ -18,6 +18,8 @@ from lsn_consistency.testing.node import Node
 __all__ = ["Cluster"]
 
 CATCH_UP_SECONDS = 30.0
+NOT_RUNNING = "the cluster is not running: use it in a with block, or start() it"
+
 _POSITIONS = "SELECT pg_current_wal_insert_lsn()::text, pg_current_wal_flush_lsn()::text"
 _RECEIVED = "SELECT greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn())::text"
 
@@ -43,7 +45,7 @@ class Cluster(ABC, Generic[_N]):
         The server that was started as the primary.
         """
         if self._primary is None:
-            raise ClusterError("the cluster is not running: use it in a with block, or start() it")
+            raise ClusterError(NOT_RUNNING)
         return self._primary
 
     @property
@@ -69,9 +71,9 @@ class Cluster(ABC, Generic[_N]):
         `primary` is down or frozen, the first promoted node that is not.
         """
         leader = self._root(self._chosen or self.primary)
-        if not _reachable(leader):
-            promoted = [node for node in self.nodes.values() if node.role == "primary"]
-            return next(filter(_reachable, promoted), leader)
+        if not leader.reachable:
+            promoted = (node for node in self.nodes.values() if node.role == "primary")
+            return next((node for node in promoted if node.reachable), leader)
         return leader
 
     def _root(self, node: _N) -> _N:
@@ -108,7 +110,7 @@ class Cluster(ABC, Generic[_N]):
         """Return the replicas that have to catch up and have not, with how far they are."""
         found = {}
         for node in self.nodes.values():
-            if _reachable(node) and node.role == "replica" and self._root(node) is leader:
+            if node.reachable and node.role == "replica" and self._root(node) is leader:
                 position = node.replay_lsn()
                 if position < target and not node.paused:
                     found[node] = position
@@ -130,8 +132,8 @@ class Cluster(ABC, Generic[_N]):
         candidates = self._candidates(old)
         if to is not None and to not in candidates:
             raise ClusterError(f"{to} cannot take over: it is no running replica of {old.name}")
-        others = [node for node in self.nodes.values() if _reachable(node)]
-        if _reachable(old):
+        others = [node for node in self.nodes.values() if node.reachable]
+        if old.reachable:
             old.crash()
         new = candidates[to] if to is not None else _furthest(candidates)
         new.promote()
@@ -146,7 +148,7 @@ class Cluster(ABC, Generic[_N]):
         found = {
             name: node
             for name, node in self.nodes.items()
-            if node.role == "replica" and _reachable(node) and self._root(node) is leader
+            if node.role == "replica" and node.reachable and self._root(node) is leader
         }
         if not found:
             raise ClusterError(f"no replica that runs can take over from {leader.name}")
@@ -179,11 +181,6 @@ class Cluster(ABC, Generic[_N]):
         leader.stop("fast")
         self.primary.promote()
         _rejoin(leader, self.primary)
-
-
-def _reachable(node: Node) -> bool:
-    """Return whether a node can be asked at all."""
-    return node.reachable
 
 
 def _position(leader: Node) -> Lsn:

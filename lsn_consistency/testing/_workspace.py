@@ -28,7 +28,14 @@ from lsn_consistency.testing.programs import (
     unprivileged_account,
 )
 
-__all__ = ["LOOPBACK", "POLL_SECONDS", "Workspace", "free_port", "wait_until"]
+__all__ = [
+    "LOOPBACK",
+    "POLL_SECONDS",
+    "PROGRAM_SECONDS",
+    "Workspace",
+    "free_port",
+    "wait_until",
+]
 
 LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.005

@@ -36,7 +36,15 @@ from collections.abc import Hashable, Iterable, Iterator, Set
 from itertools import chain
 from typing import NamedTuple
 
-from lsn_consistency.testing._history import History, Knowledge, Masks, Required, follow
+from lsn_consistency.testing._history import (
+    History,
+    Knowledge,
+    Masks,
+    Required,
+    add,
+    each_once,
+    follow,
+)
 from lsn_consistency.testing._operations import (
     CAUSAL,
     Guarantee,
@@ -223,8 +231,8 @@ def _explain(
         for is_exception, masks in ((False, _without(missing, excused)), (True, excused)):
             if masks:
                 because[is_exception] += [*known_by[write.client].sources(masks), write]
-                _add(found[is_exception], masks)
-                _add(explained, masks)
+                add(found[is_exception], masks)
+                add(explained, masks)
     for is_exception, masks in found.items():
         if masks:
             violation = _violation(history, rule, read, masks, because[is_exception])
@@ -266,20 +274,11 @@ def _without(masks: Masks, others: Masks) -> Masks:
     return {key: mask for key, mask in rest.items() if mask}
 
 
-def _add(masks: Masks, others: Masks) -> None:
-    """
-    Put more values to some.
-    """
-    for key, mask in others.items():
-        masks[key] = masks.get(key, 0) | mask
-
-
 def _violation(
     history: History, rule: Guarantee, read: Operation, missing: Masks, because: list[Operation]
 ) -> Violation:
     values = {key: history.values(key, mask) for key, mask in missing.items()}
-    unique = {id(operation): operation for operation in because}
-    return Violation(rule, read, values, tuple(unique.values()))
+    return Violation(rule, read, values, tuple(each_once(because)))
 
 
 def _replica_to_primary(history: History) -> int:

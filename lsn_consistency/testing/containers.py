@@ -80,6 +80,7 @@ class ContainerCluster(ManagedCluster[ContainerNode]):
         for purpose in (CLIENTS, REPLICATION):
             networks[purpose] = Network(engine, purpose, internal=purpose == REPLICATION)
             undo.callback(networks[purpose].remove)
+            networks[purpose].make()
         names = ["primary", *self._names]
         machines = [Machine(name, place, self.image, networks) for place, name in enumerate(names)]
         undo.callback(_each, Machine.remove, machines)

@@ -14,24 +14,22 @@ from contextlib import suppress
 
 from lsn_consistency.testing import _reaper
 from lsn_consistency.testing._errors import ClusterError, tail
-from lsn_consistency.testing._server import START_SECONDS, WAIT_SECONDS, Role, StopMode
+from lsn_consistency.testing._server import (
+    START_SECONDS,
+    STOP_SECONDS,
+    STOP_SIGNALS,
+    WAIT_SECONDS,
+    Role,
+    StopMode,
+)
 from lsn_consistency.testing._storage import StoredNode
 from lsn_consistency.testing._workspace import Workspace, free_port, wait_until
 
 __all__ = ["EmbeddedNode"]
 
-STOP_SECONDS = 90.0
-"""Longer than wal_sender_timeout: a fast stop waits that long for a replica that hangs."""
-
 START_TRIALS = 20
 PORT_RETRY_SECONDS = 0.25
 
-_STOP_SIGNALS = {
-    "fast": signal.SIGINT,
-    "immediate": signal.SIGQUIT,
-    "smart": signal.SIGTERM,
-}
-_PID_LINE, _STATUS_LINE = 0, 7
 _PORT_TAKEN = "Address already in use"
 
 
@@ -122,13 +120,9 @@ class EmbeddedNode(StoredNode):
         self._spawn()
 
     def _says_ready(self) -> bool:
-        """Read the lock file, in which the postmaster of this run says what state it is in."""
-        try:
-            lines = (self.datadir / "postmaster.pid").read_text().splitlines()
-            ours = self._postmaster is not None and int(lines[_PID_LINE]) == self._postmaster.pid
-            return ours and lines[_STATUS_LINE].strip() == "ready"
-        except (OSError, IndexError, ValueError):
-            return False
+        """Return whether the postmaster of this run says that it accepts connections."""
+        pid, ready = self._lock_file()
+        return ready and self._postmaster is not None and pid == self._postmaster.pid
 
     def stop(self, mode: StopMode = "fast") -> None:
         """
@@ -140,7 +134,7 @@ class EmbeddedNode(StoredNode):
         if not self.running:
             return
         self.thaw()
-        os.kill(self.pid, _STOP_SIGNALS[mode])
+        os.kill(self.pid, STOP_SIGNALS[mode])
         self._wait_gone(f"{mode} stop")
 
     def _wait_gone(self, what: str) -> None:

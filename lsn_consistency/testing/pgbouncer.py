@@ -370,7 +370,8 @@ def _result(pgconn: Any, command: str) -> Any:
     results: list[Any] = []
     while True:
         while pgconn.is_busy():
-            ready, _, _ = select.select([pgconn.socket], [], [], deadline - time.monotonic())
+            left = max(0.0, deadline - time.monotonic())
+            ready, _, _ = select.select([pgconn.socket], [], [], left)
             if not ready:
                 raise ClusterError(f"{command} took more than {COMMAND_SECONDS:g} s")
             pgconn.consume_input()

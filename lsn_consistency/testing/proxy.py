@@ -121,7 +121,11 @@ class TcpProxy:
         name = f"TcpProxy {self.port}"
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
-        self._carry_out(self._listen)
+        try:
+            self._carry_out(self._listen)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """
@@ -131,6 +135,8 @@ class TcpProxy:
             return
         self._carry_out(self._close_listener)
         self._abort(list(self._links))
+        # Host names are looked up in threads of the loop.
+        self._await(self._loop.shutdown_default_executor())
         loop, self._loop = self._loop, None
         loop.call_soon_threadsafe(loop.stop)
         self._thread.join()
@@ -193,7 +199,8 @@ class TcpProxy:
             if self._refusing:
                 return
             self._close_listener()
-            # Bound and not listening: connections are refused, and nobody else gets the port.
+            # Bound and not listening: connections are refused, and nobody is given the port who
+            # asks for any.
             self._listener = _bound(self.port)
             self._refusing = True
 
@@ -255,7 +262,11 @@ class TcpProxy:
     def _listen(self) -> None:
         """Accept connections on the bound socket."""
         if self._listener is not None:
-            self._listener.listen(BACKLOG)
+            try:
+                self._listener.listen(BACKLOG)
+            except OSError as error:
+                # Being bound to it does not keep out who asks for this very port.
+                raise ClusterError(f"port {self.port} has been taken: {error}") from error
             asyncio.get_running_loop().add_reader(self._listener, self._accept)
             self._refusing = False
 

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 
 from lsn_consistency.testing import ClusterError, EmbeddedCluster, TcpProxy
+from lsn_consistency.testing import proxy as proxies
 from tests.cluster.harness import wait_until
 
 SILENCE_SECONDS = 0.3
@@ -332,6 +333,58 @@ def test_nothing_is_left_of_a_closed_proxy(pg: EmbeddedCluster) -> None:
             assert is_reset(connection)
         assert before == (threading.active_count(), len(list(descriptors.iterdir())))
     wait_until(lambda: backends(pg) == 0)
+
+
+def test_a_lookup_of_a_host_name_leaves_no_thread() -> None:
+    """Threads are gone when close() returns, also those that resolve the name of the server."""
+    before = threading.active_count()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for _ in range(20):
+            with (
+                TcpProxy(f"host=localhost port={listener.getsockname()[1]}") as proxy,
+                closing(socket.create_connection((proxy.host, proxy.port))),
+            ):
+                listener.accept()[0].close()
+            assert before == threading.active_count()
+
+
+def test_a_port_that_somebody_took_is_an_error_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A refusing proxy keeps nobody off its port who insists; heal() and start() say so."""
+    bound = proxies._bound
+
+    def bound_too_late(port: int) -> socket.socket:
+        listener = bound(port)
+        rivals.append(_listening(port))
+        return listener
+
+    rivals: list[socket.socket] = []
+    threads = threading.active_count()
+    with TcpProxy("host=127.0.0.1 port=1") as proxy:
+        proxy.refuse()
+        with _listening(proxy.port), pytest.raises(ClusterError, match=f"port {proxy.port} has"):
+            proxy.heal()
+        proxy.heal()
+        socket.create_connection((proxy.host, proxy.port)).close()
+    monkeypatch.setattr(proxies, "_bound", bound_too_late)
+    with pytest.raises(ClusterError, match="has been taken"):
+        proxy.start()
+    assert threads == threading.active_count()
+    for rival in rivals:
+        rival.close()
+    monkeypatch.undo()
+    with proxy:
+        socket.create_connection((proxy.host, proxy.port)).close()
+
+
+def _listening(port: int) -> socket.socket:
+    """Listen on a port that somebody else is bound to, as PostgreSQL would."""
+    rival = socket.socket()
+    rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    rival.bind(("127.0.0.1", port))
+    rival.listen()
+    return rival
 
 
 def test_a_proxy_runs_once_at_a_time_and_again_on_its_port(pg: EmbeddedCluster) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,11 @@ import pytest
 
 from lsn_consistency.testing import ClusterError, ContainerCluster, ContainerNode
 from lsn_consistency.testing._machines import open_engine
+from tests.containers.traffic import AGAIN_SECONDS, FAULTS
 
 SILENT_SECONDS = 1.5
 CONNECT_SECONDS = 2
 """The least that libpq takes; the kernel gives up a neighbour that is gone after about three."""
-
-AGAIN_SECONDS = 60.0
 
 
 def _silent(conn: psycopg.Connection[Any]) -> bool:
@@ -47,13 +46,7 @@ def _held(node: ContainerNode) -> Iterator[psycopg.Connection[Any]]:
         conn.close()
 
 
-FAULTS: dict[str, tuple[Callable[[ContainerNode], None], Callable[[ContainerNode], None]]] = {
-    "disconnected": (ContainerNode.disconnect, ContainerNode.reconnect),
-    "paused": (ContainerNode.pause, ContainerNode.unpause),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["disconnected", "paused"])
 def test_a_node_that_is_cut_off_or_paused_is_silent_and_refuses_nothing(
     pg: ContainerCluster, fault: str
 ) -> None:
@@ -156,6 +149,16 @@ def test_heal_undoes_every_fault_at_once(pg: ContainerCluster, table: str) -> No
     assert [1, 1, 1] == counts
 
 
+def test_a_node_heals_itself_of_a_cut_as_of_any_other_fault(pg: ContainerCluster) -> None:
+    """heal() of one node, replica or primary, connects it to both networks again."""
+    for node in (pg.replicas["replica_1"], pg.primary):
+        node.disconnect()
+        node.crash()
+        node.heal()
+        assert (frozenset(), True) == (node.disconnected, node.reachable)
+    pg.wait_caught_up()
+
+
 def test_a_failover_under_partition_and_the_way_back(pg: ContainerCluster, table: str) -> None:
     """The cut off primary goes on alone; rewound it loses that and follows; heal() leads back."""
     pg.primary.disconnect()
@@ -205,6 +208,25 @@ def test_nothing_is_left_of_a_cluster(pg: ContainerCluster) -> None:
     after = _left(pg.image, "lsn-consistency-")
     assert 4 == len(set(during) - set(before))
     assert [] == [name for name in after if name not in before]
+
+
+def test_a_network_that_could_not_be_made_is_not_left(
+    pg: ContainerCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network that is made to learn of a free range goes, also if the engine says no more."""
+
+    def refuse(network: object) -> None:
+        from docker.errors import DockerException
+
+        raise DockerException("no answer")
+
+    before = set(_left(pg.image, "lsn-consistency-"))
+    cluster = ContainerCluster(replicas=0, image=pg.image)
+    with monkeypatch.context() as patch:
+        patch.setattr("docker.models.networks.Network.reload", refuse)
+        with pytest.raises(ClusterError, match="no answer"):
+            cluster.start()
+    assert before == set(_left(pg.image, "lsn-consistency-"))
 
 
 def test_a_missing_image_is_said_at_once(pg: ContainerCluster) -> None:

@@ -7,18 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from lsn_consistency.testing import EmbeddedCluster
+from tests.cluster.test_crashes import SETTINGS as CRASH_SETTINGS
 from tests.faults.workload import make_table
 
-SETTINGS = {
-    # Pages are hardly written back and no restartpoints are made, so after a crash a replica
-    # opens for reads where its base backup ended, and has all that came later before it.
-    "shared_buffers": "256MB",
-    "bgwriter_lru_maxpages": "0",
-    "checkpoint_timeout": "1h",
-    "max_wal_size": "8GB",
-    "wal_keep_size": "4GB",
-    "autovacuum": "off",
-}
+# Pages are hardly written back and no restartpoints are made, so after a crash a replica opens for
+# reads where its base backup ended, and has all that came later before it.
+SETTINGS = {**CRASH_SETTINGS, "bgwriter_lru_maxpages": "0"}
 
 
 @pytest.fixture(scope="module")
