@@ -14,7 +14,8 @@ Then, with a cookie jar, as a browser has one::
     curl -c jar -b jar http://127.0.0.1:8000/orders
 
 The answer of the second says which server it came from and why. Pause replay on both replicas
-(``SELECT pg_wal_replay_pause()``), repeat, and the reason changes to ``not_caught_up``.
+(``SELECT pg_wal_replay_pause()``), repeat, and the reason changes to ``not_caught_up``, and two
+seconds later to ``lag_exceeded``.
 """
 
 from __future__ import annotations

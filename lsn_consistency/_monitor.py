@@ -35,7 +35,7 @@ _LONG_AGO: Final = float("-inf")
 
 FIRST_PATIENCE_SECONDS: Final = 0.5
 MAX_PATIENCE_SECONDS: Final = 30.0
-"""Times between two new connections to a server that lags, the next one twice as long."""
+"""Times to a new connection to a server that goes on lagging, each twice as long as the last."""
 
 Connect = Callable[..., Awaitable[Any]]
 """Open a connection of a node; ``replication=True`` asks for one to its walsender."""

@@ -14,7 +14,7 @@ Every error that the package raises on purpose.
         ├── ReplayTimeoutError        no replica reached the position in time
         ├── NoNodeAvailableError      every node failed
         ├── FallbackLimitError        the primary serves no more fallback reads
-        └── LostWriteError            a failover dropped the position
+        └── LostWriteError            the primary does not have the position
 
 Each error takes its attributes as positional arguments and builds its text from them, so it
 survives pickling and a handler never has to parse a message. Errors of the user's own SQL are not

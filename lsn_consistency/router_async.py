@@ -106,7 +106,7 @@ class AsyncRouter(Tasks, BaseRouter):
 
         ``token`` takes the place of the session's, ``consistency`` that of the block's or the
         router's level; ``node`` names a node and skips the decision. The transaction ends with
-        the block. At ``CAUSAL`` the session advances past what the read can have seen.
+        the block. At ``CAUSAL`` and ``STRONG`` the session advances past what it can have seen.
 
         Raises a `RoutingError` when nothing may serve the read.
         """
