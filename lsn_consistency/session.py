@@ -72,7 +72,7 @@ class Session:
     @property
     def token(self) -> Token:
         """
-        Return the token: everything that this client wrote, and at ``CAUSAL`` and ``STRONG`` what it saw.
+        Return the token: what this client wrote, and at ``CAUSAL`` and ``STRONG`` what it saw.
         """
         return self._token
 

@@ -16,14 +16,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from lsn_consistency import Reason, Router, Session
 from lsn_consistency._replay_wait import ReplayWait
 from lsn_consistency.testing import EmbeddedCluster, Node
+from tests.cluster.harness import wait_until
 
 DELAYS_SECONDS = (0.0, 0.02, 0.1)
-SETTLING_SECONDS = 1.0
 
 
 def main() -> int:
@@ -93,7 +94,7 @@ def _waits(pg: EmbeddedCluster, reads: int) -> list[float]:
     nodes = {"replica_1": pg.replicas["replica_1"].conninfo}
     times: list[float] = []
     with Router(primary=pg.primary.conninfo, replicas=nodes, wait_seconds=5.0) as router:
-        time.sleep(SETTLING_SECONDS)
+        wait_until(lambda: all(_is_measured(node) for node in router.snapshot().values()))
         for _ in range(reads):
             with Session() as session:
                 with router.write() as conn:
@@ -105,6 +106,10 @@ def _waits(pg: EmbeddedCluster, reads: int) -> list[float]:
                 assert session.last_route is not None
                 assert session.last_route.reason is Reason.CAUGHT_UP, session.last_route
     return times
+
+
+def _is_measured(node: dict[str, Any]) -> bool:
+    return node["healthy"] and node["lag_seconds"] is not None
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from lsn_consistency import Reason, Token, current_session
+from lsn_consistency.events import NodeFailed
 from lsn_consistency.testing import EmbeddedCluster, TcpProxy
 from tests.cluster.conftest import OpenRouter
 from tests.cluster.harness import Answer, App, Connection, Kind, open_router, wait_until
@@ -206,8 +207,11 @@ def test_reads_leave_half_open_connections(
         token = _wrote(app, table)
         pg.wait_caught_up()
         _serves_again(app, table, token, half.port)
+        app.events.clear()
         proxies[half.name].half_open()
-        time.sleep(3 * (POLL + PROBE_TIMEOUT + OVERDUE))
+        # Once its monitor has failed and is well again, nothing but the connections is dead.
+        wait_until(lambda: half.name in {event.name for event in app.events_of(NodeFailed)})
+        app.wait_for(lambda nodes: nodes[half.name]["healthy"])
         try:
             # A read that is sent over a dead connection would wait for ever.
             [reading] = app.start_each(1, lambda _: _reads(app, table, token, 1.5))

@@ -477,6 +477,22 @@ def test_a_write_beyond_the_lost_position_is_not_reported() -> None:
     assert Position(SYSTEM, 1, Lsn(done.end)) == held(session)
 
 
+def test_a_write_that_is_overtaken_by_another_of_its_session_has_lost_nothing() -> None:
+    """The other one's position is from after the observation that does not reach it."""
+    world = ready_world()
+    session = Session(Token([end_of(world)]))
+    lease = run(world, _writes.open_write(world.core, session)).result
+    commit(world)
+    closing = Operation(world, _writes.close_write(world.core, session, lease, interrupted=False))
+    # The server has answered, and the answer is on its way.
+    closing.advance(Random(CHANCE))
+    commit(world)
+    session.advance(Token([end_of(world)]))
+    closing.finish(Random(CHANCE))
+    assert [] == lost_writes(world)
+    assert end_of(world) == held(session)
+
+
 def test_a_write_of_a_session_far_ahead_of_the_primary() -> None:
     """A backup was restored, or the token is of another copy: the write's position counts."""
     world = ready_world()
@@ -509,6 +525,35 @@ def test_a_newer_position_is_never_given_up_for_a_former_primarys(what: str) -> 
         close_read(world, session, run(world, forced).result)
     assert [] == lost_writes(world)
     assert newer == held(session)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_former_primary_is_no_bound_for_what_a_newer_timeline_has_shown(
+    streaming: bool,
+) -> None:
+    """Its standbys follow the new one already: the session remembers that, and is pinned."""
+    world = ready_world()
+    promoted = server_of(world, "a")
+    promoted.promote(2)
+    log = promoted.log
+    log.commit(world.now, asynchronous=False)
+    promoted.stop()
+    for name in "bc":
+        server_of(world, name).follow(log)
+    replicate(world)
+    server_of(world, "b").streaming = streaming
+    # Its log has gone further than the new one.
+    for _ in range(5):
+        server_of(world, "p").log.commit(world.now, asynchronous=False)
+    probe_all(world)
+    assert 1 == world.core.cluster.timeline
+    session = Session()
+    read = world.core.new_read(session, None, None)
+    lease = run(world, _plans.open_forced(world.core, session, read, "b")).result
+    assert log.commits[-1] in lease.conn.server.visible()
+    close_read(world, session, lease)
+    assert Position(SYSTEM, 2, Lsn(log.flush)) == held(session)
+    assert session.token.pin_until is not None
 
 
 def test_a_former_primary_takes_no_write_of_a_session_that_has_seen_the_new_one() -> None:

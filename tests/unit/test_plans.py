@@ -20,6 +20,7 @@ from lsn_consistency import (
     _writes,
 )
 from lsn_consistency import consistency as at_level
+from lsn_consistency._connections import READY_SECONDS
 from lsn_consistency._core import POOL_TIMEOUT_SECONDS
 from lsn_consistency._plans import Lease
 from lsn_consistency._steps import (
@@ -350,6 +351,31 @@ def test_a_connection_from_before_a_failure_answers_once_before_it_is_believed()
     assert world.core.usable(facts, world.now) is not None
 
 
+def test_after_a_failure_each_connection_is_asked_once() -> None:
+    """Its answer counts for the reads that follow, also where nothing is asked at their end."""
+    world = ready_world()
+    session = Session(token_now(world))
+    level = Consistency.READ_YOUR_WRITES
+    lease = open_read(world, session, level).result
+    close_read(world, session, lease)
+    world.core.failed(lease.node, ConnectionError("no answer"))
+    world.pass_time(0.1)
+    world.probe(lease.node, Random(CHANCE))
+    session.node = lease.node
+    asked = []
+    for _ in range(3):
+        read = world.core.new_read(session, None, level)
+        operation = Operation(world, _plans.open_read(world.core, session, read))
+        steps = []
+        while not operation.done:
+            steps.append(type(operation.step))
+            operation.advance(Random(CHANCE))
+        assert operation.result.conn is lease.conn
+        asked.append(Fetch in steps)
+        close_read(world, session, operation.result)
+    assert [True, False, False] == asked
+
+
 def test_no_observation_counts_behind_a_pooler() -> None:
     """A pooler outlives its server, so each read asks within its own transaction."""
     world = ready_world(pooled=True)
@@ -384,6 +410,33 @@ def test_a_busy_primary_raises_the_pools_own_error() -> None:
     assert POOL_TIMEOUT_SECONDS <= world.now - before < POOL_TIMEOUT_SECONDS + 1.0
 
 
+def test_a_pool_that_takes_no_more_clients_is_asked_once() -> None:
+    """It refuses at once, as psycopg_pool does above ``max_waiting``: so does the write."""
+    world = ready_world()
+    operation = Operation(world, _writes.open_write(world.core, Session()))
+    assert isinstance(operation.step, Checkout)
+    refusal = TimeoutError("too many")
+    operation._go(lambda: operation.plan.throw(NodeFailure(refusal, down=False)))
+    assert operation.error is refusal
+    world.check_idle()
+
+
+def test_a_pool_that_stays_full_is_given_up_after_its_own_time() -> None:
+    """Also where each part of the wait takes a little longer than it was given."""
+    world = ready_world(connect_timeout=2.0)
+    operation = Operation(world, _writes.open_write(world.core, Session()))
+    full = TimeoutError("full")
+    waited: list[float] = []
+    while not operation.done and len(waited) < 100:
+        waited.append(operation.step.timeout)
+        world.pass_time(waited[-1] + 0.001)
+        operation._go(lambda: operation.plan.throw(NodeFailure(full, down=False)))
+    assert operation.error is full
+    assert 2.0 == max(waited)
+    assert POOL_TIMEOUT_SECONDS - 0.1 <= sum(waited) <= POOL_TIMEOUT_SECONDS
+    world.check_idle()
+
+
 @pytest.mark.parametrize("role", ["primary", "replica"])
 def test_nobody_is_left_waiting_for_the_pool_of_a_primary_that_is_gone(role: str) -> None:
     """Its pool is full and its server fails; if another is the primary by then, that serves."""
@@ -405,6 +458,33 @@ def test_nobody_is_left_waiting_for_the_pool_of_a_primary_that_is_gone(role: str
         assert "a" == operation.result.node
     else:
         assert isinstance(operation.error, NoNodeAvailableError)
+
+
+@pytest.mark.parametrize(
+    ("failures", "answers", "expected"),
+    [(0, True, 2.0), (1, False, 2.0), (4, False, READY_SECONDS), (4, True, 2.0)],
+)
+def test_a_primary_that_has_gone_on_failing_is_asked_by_its_monitor(
+    failures: int, answers: bool, expected: float
+) -> None:
+    """Nobody waits for a connection to it: one probe for all tells whether it is back."""
+    world = ready_world(connect_timeout=2.0)
+    primary = world.endpoints["primary"].servers[0]
+    primary.alive = False
+    for _ in range(failures):
+        world.pass_time(0.1)
+        world.probe("primary", Random(CHANCE))
+    assert failures == world.core.cluster.nodes["primary"].failures
+    primary.alive = answers
+    operation = Operation(world, _writes.open_write(world.core, Session()))
+    asked = set()
+    while not isinstance(operation.step, Checkout):
+        asked.add(type(operation.step))
+        operation.advance(Random(CHANCE))
+    assert ({AwaitObservation} if failures == 4 else set()) == asked
+    assert expected == operation.step.timeout
+    operation.finish(Random(CHANCE))
+    assert answers == (operation.error is None)
 
 
 def test_one_replica_a_session() -> None:

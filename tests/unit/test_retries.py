@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
 from lsn_consistency import _hedges
 from lsn_consistency._hedges import HedgeBudget, Race
 from lsn_consistency._retries import Ended, Next, Work, after, note_write
+from lsn_consistency._settings import Settings
+from lsn_consistency._steps import Spawn
+from lsn_consistency._workers import Threads
 from lsn_consistency.exceptions import ConfigurationError
 
 ELSEWHERE, PRIMARY, RAISE = Next.ELSEWHERE, Next.PRIMARY, Next.RAISE
@@ -219,3 +223,22 @@ def test_a_connection_whose_interruption_does_not_end_is_not_used_again() -> Non
     with cut.cutting() as conn:
         assert conn is not None
     assert not cut.end(0.0)
+
+
+class _ClosedThreads(Threads):
+    """Be a blocking router that was closed, or is not open yet."""
+
+    def __init__(self) -> None:
+        self._settings = Settings.of({})
+        self.carried_out: list[Any] = []
+        self._run = self.carried_out.append
+        self._reset_workers()
+
+
+def test_what_is_to_be_ended_is_ended_after_the_router_was_closed() -> None:
+    """No thread is left for it, so the caller does it; a run does not begin any more."""
+    threads = _ClosedThreads()
+    plan: Any = object()
+    assert threads._spawn(Spawn(plan, None))
+    assert not threads._spawn(Spawn(plan, Race().enter()))
+    assert [plan] == threads.carried_out

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from lsn_consistency import Consistency, Session, Token, _runs
-from lsn_consistency._hedges import HedgeBudget
+from lsn_consistency._hedges import BURST, HedgeBudget
 from lsn_consistency._retries import Ended, Work
 from lsn_consistency._runs import Hedging
 from lsn_consistency._steps import Abandon, AwaitRace, Call, Spawn
@@ -20,7 +20,7 @@ from lsn_consistency.events import PositionUnknown, ReadHedged, ReadRetried
 from lsn_consistency.exceptions import NoNodeAvailableError
 from tests.properties import fake_cluster
 from tests.properties.fake_cluster import Operation, Simulation
-from tests.unit.test_plans import commit, ready_world, token_now
+from tests.unit.test_plans import commit, open_read, ready_world, token_now
 
 SEEDS = range(300)
 PENDING = fake_cluster._PENDING
@@ -251,6 +251,27 @@ def test_a_promoted_replica_may_answer_as_the_primary() -> None:
     assert seen[0] == seen[1] == runs.result
 
 
+def test_after_every_node_has_failed_the_promoted_one_answers() -> None:
+    """Each node once, the former primary too, and once more the one that is the primary now."""
+    world = ready_world()
+    primary = world.endpoints["primary"].servers[0]
+    seen: list[str] = []
+
+    def last_promoting(conn: Any) -> Ended:
+        seen.append(node_of(world, conn))
+        if len(seen) > 4:
+            return answers(conn)
+        if conn.server is not primary:
+            return fails("57P01")(conn)
+        primary.is_primary = False
+        world.endpoints["b"].servers[0].promote(2)
+        return fails("25006")(conn)
+
+    runs = finished(world, start(world, Session(), last_promoting))
+    assert ["primary", "b"] == seen[3:]
+    assert "b" == runs.result
+
+
 def test_without_a_primary_the_refusal_is_the_cause() -> None:
     """Nothing may serve the read: it is told why it was not served where it ran."""
     world = ready_world()
@@ -279,6 +300,29 @@ def test_a_repeated_run_leaves_the_session_alone() -> None:
     assert not [each for each in world.events if isinstance(each, PositionUnknown)]
 
 
+def test_a_failure_that_is_raised_counts_as_shown() -> None:
+    """What the function saw may be in its error: the session is past all that the primary has."""
+    world = ready_world()
+    session = Session()
+    commit(world)
+    runs = finished(world, start(world, session, on(world, {}, otherwise=dies)))
+    assert isinstance(runs.error, psycopg.OperationalError)
+    assert token_now(world) == session.token
+
+
+def test_each_repetition_is_told_with_its_cause() -> None:
+    """Where it ran, the SQLSTATE if the server gave one, and what it said."""
+    world = ready_world()
+    session = Session()
+    session.node = "a"
+    failures = iter([fails("40001"), dies])
+    runs = finished(world, start(world, session, lambda conn: next(failures, answers)(conn)))
+    first, second, _ = nodes(world, runs)
+    assert [ReadRetried(first, "40001", "40001"), ReadRetried(second, None, "lost")] == [
+        each for each in world.events if isinstance(each, ReadRetried)
+    ]
+
+
 def test_a_run_that_wrote_is_not_repeated() -> None:
     """The write may have been committed."""
     world = ready_world()
@@ -292,6 +336,28 @@ def test_a_run_that_wrote_is_not_repeated() -> None:
     runs = finished(world, Runs(world, plan, writes))
     assert 1 == len(runs.calls)
     assert isinstance(runs.error, psycopg.OperationalError)
+
+
+@pytest.mark.parametrize(
+    ("clean", "closed", "ours", "kept", "failures"),
+    [
+        (True, False, False, 1, 0),  # as it was taken
+        (False, False, False, 0, 0),  # in the middle of something
+        (False, True, False, 0, 1),  # its node has closed it
+        (False, True, True, 0, 0),  # a loser that was cut off
+    ],
+)
+def test_what_becomes_of_the_connection_of_a_run(
+    clean: bool, closed: bool, ours: bool, kept: int, failures: int
+) -> None:
+    """Only a clean one is used again, and who cut it off does not blame its node."""
+    world = ready_world()
+    lease = open_read(world, Session()).result
+    lease.conn.closed = closed
+    Operation(world, _runs._drop(world.core, lease, clean=clean, ours=ours)).finish(Random(7))
+    world.check_idle()
+    assert kept == len(world.endpoints[lease.node].idle)
+    assert failures == world.core.cluster.nodes[lease.node].failures
 
 
 # Two at once
@@ -314,6 +380,56 @@ def test_a_slow_run_is_hedged_on_a_replica_that_has_not_run() -> None:
     assert [ReadHedged("a", second, True)] == [
         each for each in world.events if isinstance(each, ReadHedged)
     ]
+
+
+def test_a_hedge_that_is_slower_is_told_as_one_that_lost() -> None:
+    """The first answers before the second: it is the route of the session."""
+    world = ready_world()
+    session = Session()
+    session.node = "a"
+    moments = iter([30])
+    runs = start(world, session, answers, hedge_after=0.01)
+    runs.moments = lambda: next(moments, 1000)
+    finished(world, runs)
+    first, second = nodes(world, runs)
+    assert ("a", "a", "a") == (first, runs.result, session.node)
+    assert [ReadHedged("a", second, False)] == [
+        each for each in world.events if isinstance(each, ReadHedged)
+    ]
+
+
+@pytest.mark.parametrize("missing", ["room", "connection"])
+def test_a_hedge_that_does_not_come_about_costs_no_share(missing: str) -> None:
+    """There was no room for it, or no connection: the next slow read may have it."""
+    world = ready_world()
+    session = Session()
+    session.node = "a"
+    budget = HedgeBudget(0.01)
+    hedging = Hedging(0.01, budget)
+    for name in "bc":
+        world.endpoints[name].full = missing == "connection"
+    work = Work(answers, (), hedged=True)
+    plan = _runs.run_read(world.core, session, work, None, hedging)
+    runs = Runs(world, plan, answers, lambda: 100)
+    while not isinstance(runs.step, AwaitRace):
+        runs.advance(Random(7))
+    runs.room = missing != "room"
+    finished(world, runs)
+    assert ["a"] == nodes(world, runs)
+    assert BURST == sum(budget.spend() for _ in range(100))
+
+
+def test_a_read_that_is_interrupted_while_it_runs_pins() -> None:
+    """What it has shown by then is unknown, also where it runs beside its caller."""
+    world = ready_world()
+    session = Session()
+    runs = start(world, session, answers, hedge_after=60.0, moments=lambda: 1000)
+    while not runs.calls:
+        runs.advance(Random(7))
+    runs.interrupt(KeyboardInterrupt())
+    finished(world, runs)
+    assert isinstance(runs.error, KeyboardInterrupt)
+    assert session.token.pin_until is not None
 
 
 @pytest.mark.parametrize("why", ["share", "replica", "room", "time"])
