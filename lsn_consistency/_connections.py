@@ -71,9 +71,16 @@ def look(core: Core, read: Read | None, serve: Serve, conn: Any) -> Plan[tuple[F
         good = core.cluster.is_primary(known) if read is None else core.admits(read, serve, known)
         if good:
             return facts, known
-    seen = yield from observe(conn, facts.identity)
-    facts.answered_at = seen.received_at
-    return facts, core.observed(name, seen)
+    return facts, (yield from look_through(core, conn, facts))
+
+
+def look_through(core: Core, conn: Any, facts: Facts) -> Plan[Observation]:
+    """
+    Observe the server behind a known connection.
+    """
+    seen = yield from observe(conn, facts.identity, in_recovery=facts.in_recovery)
+    facts.answered_at, facts.in_recovery = seen.received_at, seen.in_recovery
+    return core.observed(facts.node, seen)
 
 
 def make_read_only(core: Core, conn: Any, facts: Facts, *, in_recovery: bool) -> Plan[bool]:

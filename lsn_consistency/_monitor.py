@@ -150,10 +150,11 @@ class Monitor:
 
     async def _observe(self) -> Observation:
         timeout = self._core.settings.probe_timeout
-        if self._identity is None:
+        if self._identity is None or self._seen is None:
             self._identity, seen = await _wire.run_async(identify(self._conn), timeout)
             return seen
-        return await _wire.run_async(observe(self._conn, self._identity), timeout)
+        known = observe(self._conn, self._identity, in_recovery=self._seen.in_recovery)
+        return await _wire.run_async(known, timeout)
 
     def _close(self) -> None:
         if not self._is_ours():

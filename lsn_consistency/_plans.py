@@ -18,6 +18,7 @@ from lsn_consistency._connections import (
     hand_back,
     look,
     look_again,
+    look_through,
     make_read_only,
     meet,
     refuse,
@@ -27,7 +28,6 @@ from lsn_consistency._connections import (
 from lsn_consistency._core import Core, Facts
 from lsn_consistency._observation import Observation
 from lsn_consistency._positions import advance_past_primary, advance_past_read, or_pinned, pin
-from lsn_consistency._sql import Identity
 from lsn_consistency._steps import (
     AwaitObservation,
     AwaitPosition,
@@ -193,7 +193,8 @@ def last_look(lease: Lease) -> Plan[None]:
     if lease.transaction is None:
         return
     try:
-        seen = yield from observe(lease.conn, lease.facts.identity)
+        facts = lease.facts
+        seen = yield from observe(lease.conn, facts.identity, in_recovery=facts.in_recovery)
     except NodeFailure:
         # The primary is asked then.
         return
@@ -212,7 +213,7 @@ def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool)
     if lease.level.advances_on_reads or lease.route.reason is Reason.TIMELINE_CHANGED:
         yield from or_pinned(core, session, _close_read(core, session, lease, interrupted))
     else:
-        yield from _give_back(core, lease, None)
+        yield from _give_back(core, lease, asks=False)
 
 
 def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:
@@ -222,7 +223,7 @@ def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -
     # a pooler neither reaches the same server for certain.
     shares = node.in_flight > 1 and not node.hides_servers
     asks = not (interrupted or shares or lease.facts.pooled)
-    seen = yield from _give_back(core, lease, lease.facts.identity if asks else None)
+    seen = yield from _give_back(core, lease, asks=asks)
     if lease.seen is not None:
         seen = core.observed(lease.node, lease.seen)
     if interrupted:
@@ -235,13 +236,12 @@ def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -
     yield from advance_past_read(core, session, seen, lease.token, started)
 
 
-def _give_back(core: Core, lease: Lease, observed: Identity | None) -> Plan[Observation | None]:
-    # A read's connection, after a last observation of the server of this identity.
+def _give_back(core: Core, lease: Lease, *, asks: bool) -> Plan[Observation | None]:
+    # A read's connection, after a last observation of its server.
     seen = None
     try:
-        if observed is not None:
-            seen = core.observed(lease.node, (yield from observe(lease.conn, observed)))
-            lease.facts.answered_at = seen.received_at
+        if asks:
+            seen = yield from look_through(core, lease.conn, lease.facts)
         yield from restore(core, lease.conn, lease.facts)
     except NodeFailure as failure:
         report(core, lease.node, failure)

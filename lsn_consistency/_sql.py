@@ -1,10 +1,11 @@
 """
 Every SQL statement that the package sends, and the reading of their rows.
 
-One statement serves standbys and primaries: the functions of the other role would raise, so CASE
-keeps them apart. Names are qualified, so that no schema of the user's stands before them. Columns
-come as text. The pause state stands before the replay position on purpose: paused first, then
-read, the position covers all that was visible (see `_bound`).
+A server is observed by the same columns in either role, as text. To plan such a statement takes the
+server longer than to run it, so each role has one of its own, and functions are called outside of
+FROM. Names are qualified, so that no schema of the user's stands before them. The pause state
+stands before the replay position on purpose: paused first, then read, the position covers all that
+was visible (see `_bound`).
 """
 
 from __future__ import annotations
@@ -23,25 +24,30 @@ from lsn_consistency.lsn import (
 
 Row = Sequence[str | None]
 
-_PROBE_COLUMNS: Final = """\
- pg_catalog.pg_backend_pid(),
- pg_catalog.pg_is_in_recovery(),
- case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_get_wal_replay_pause_state() end,
- case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn()
-      else pg_catalog.pg_current_wal_insert_lsn() end,
- case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_receive_lsn()
-      else pg_catalog.pg_current_wal_flush_lsn() end,
- case when pg_catalog.pg_is_in_recovery()
-      then (select timeline_id from pg_catalog.pg_control_checkpoint())
-      else ('x' || pg_catalog.left(
-              pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 8)
-           )::bit(32)::bigint end,
- (select pg_catalog.max(received_tli) from pg_catalog.pg_stat_wal_receiver),
- exists (select from pg_catalog.pg_stat_wal_receiver),
- pg_catalog.current_setting('recovery_min_apply_delay') <> '0',
- extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.pg_last_xact_replay_timestamp()),
- case when not pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn() end"""
-_PROBE_WIDTH: Final = 11
+_IN_RECOVERY: Final = "pg_catalog.pg_is_in_recovery()"
+
+# What is asked of a standby, and what of a primary in the same place. The functions of the other
+# role would raise. A standby can be promoted while it is asked, so what raises then has a guard.
+_COLUMNS: Final = (
+    (f"case when {_IN_RECOVERY} then pg_catalog.pg_get_wal_replay_pause_state() end", "null"),
+    ("pg_catalog.pg_last_wal_replay_lsn()", "pg_catalog.pg_current_wal_insert_lsn()"),
+    ("pg_catalog.pg_last_wal_receive_lsn()", "pg_catalog.pg_current_wal_flush_lsn()"),
+    (
+        "(pg_catalog.pg_control_checkpoint()).timeline_id::text",
+        "pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 8)",
+    ),
+    ("(pg_catalog.pg_stat_get_wal_receiver()).received_tli", "null"),
+    ("(pg_catalog.pg_stat_get_wal_receiver()).pid is not null", "false"),
+    ("pg_catalog.current_setting('recovery_min_apply_delay') <> '0'", "false"),
+    (
+        "extract(epoch from"
+        " pg_catalog.clock_timestamp() - pg_catalog.pg_last_xact_replay_timestamp())",
+        "null",
+    ),
+    ("null", "pg_catalog.pg_last_wal_replay_lsn()"),
+)
+_ALWAYS: Final = f"select pg_catalog.pg_backend_pid(), {_IN_RECOVERY}"
+_PROBE_WIDTH: Final = 2 + len(_COLUMNS)
 
 _IDENTITY_COLUMNS: Final = """\
  (select system_identifier from pg_catalog.pg_control_system()),
@@ -52,11 +58,23 @@ _IDENTITY_COLUMNS: Final = """\
  extract(epoch from pg_catalog.current_setting('wal_writer_delay')::interval),
  pg_catalog.pg_backend_pid() || ' ' || pg_catalog.transaction_timestamp()"""
 
-PROBE: Final = b"select" + _PROBE_COLUMNS.encode()
-"""Observe a server whose identity is known already."""
+PROBE_STANDBY: Final = ", ".join([_ALWAYS, *(standby for standby, _ in _COLUMNS)]).encode()
+"""Observe a server that was a standby; if it is none any more the row only tells that."""
 
-IDENTIFY: Final = PROBE + b"," + _IDENTITY_COLUMNS.encode()
-"""Observe a server and learn which one it is."""
+PROBE_PRIMARY: Final = ", ".join([_ALWAYS, *(primary for _, primary in _COLUMNS)]).encode()
+"""Observe a server that was a primary, which it stays for as long as it runs."""
+
+IDENTIFY: Final = ", ".join(
+    [
+        _ALWAYS,
+        *(
+            f"case when {_IN_RECOVERY} then {standby} else {primary} end"
+            for standby, primary in _COLUMNS
+        ),
+        _IDENTITY_COLUMNS,
+    ]
+).encode()
+"""Observe a server in either role, and learn which one it is."""
 
 IDENTIFY_WITHOUT_WAL: Final = b"""select
  pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(),
@@ -139,6 +157,8 @@ def read_observation(
     if recovery not in ("t", "f"):
         raise ValueError(f"pg_is_in_recovery() is {recovery!r}")
     in_recovery = recovery == "t"
+    # A primary's is the beginning of the name of a WAL file.
+    begun = None if timeline is None else int(timeline, 10 if in_recovery else 16)
     position = None if lsn is None else Lsn.parse(lsn)
     second = None if other is None else Lsn.parse(other)
     if position is not None and not in_recovery:
@@ -148,8 +168,8 @@ def read_observation(
     return Observation(
         server=identity.server,
         in_recovery=in_recovery,
-        timeline=_timeline(timeline, received if in_recovery else None),
-        begun_timeline=None if timeline is None else int(timeline),
+        timeline=_timeline(begun, received if in_recovery else None),
+        begun_timeline=begun,
         timeline_is_certain=not in_recovery or received is not None,
         streaming=in_recovery and streaming == "t",
         switch_point=None if switch is None else Lsn.parse(switch),
@@ -167,6 +187,17 @@ def read_observation(
         pooled=int(pid or 0) != backend_pid,
         transaction=row[-1] if len(row) > _PROBE_WIDTH else None,
     )
+
+
+def is_promoted(row: Row) -> bool:
+    """
+    Tell whether the row of `PROBE_STANDBY` says that its server is a standby no longer.
+
+    Raises `ValueError` for a row that no server gives.
+    """
+    if len(row) != _PROBE_WIDTH:
+        raise ValueError(f"a probe gave {len(row)} columns")
+    return row[1] == "f"
 
 
 def wait_for(lsn: Lsn, seconds: float) -> bytes:
@@ -200,11 +231,12 @@ def read_timeline_history(timeline: int, row: Row) -> TimelineHistory:
     return TimelineHistory.parse(timeline, row[1] or "")
 
 
-def _timeline(known: str | None, received: str | None) -> int | None:
+def _timeline(begun: int | None, received: str | None) -> int | None:
     # A standby's control file names the timeline of its last restartpoint, and the walreceiver the
     # one that is received: replay follows it, and cannot be beyond the place where it begins.
-    timelines = [int(each) for each in (known, received) if each is not None]
-    return max(timelines, default=None)
+    if begun is None or received is None:
+        return begun if received is None else int(received)
+    return max(begun, int(received))
 
 
 def _bound(replay: Lsn | None, receive: Lsn | None, held: bool, streaming: bool) -> Lsn | None:

@@ -212,16 +212,19 @@ def identify(conn: Any, *, limited: bool = False) -> Plan[tuple[Identity, Observ
         raise _unreadable(error) from error
 
 
-def observe(conn: Any, identity: Identity) -> Plan[Observation]:
+def observe(conn: Any, identity: Identity, *, in_recovery: bool) -> Plan[Observation]:
     """
-    Observe the server behind a connection whose identity is known.
+    Observe the server behind a connection whose identity is known, and its role of before.
     """
     # Behind a pooler each statement, or transaction, can reach another server.
     if identity.pooled or identity.limited:
         _, seen = yield from identify(conn, limited=identity.pooled and identity.limited)
         return seen
-    reply: Reply = yield Fetch(conn, _sql.PROBE)
+    statement = _sql.PROBE_STANDBY if in_recovery else _sql.PROBE_PRIMARY
+    reply: Reply = yield Fetch(conn, statement)
     try:
+        if in_recovery and _sql.is_promoted(reply.row):
+            reply = yield Fetch(conn, _sql.PROBE_PRIMARY)
         return _sql.read_observation(identity, *reply)
     except ValueError as error:
         raise _unreadable(error) from error

@@ -8,6 +8,7 @@ from lsn_consistency._connections import (
     checkout_of_primary,
     look,
     look_again,
+    look_through,
     make_writable,
     report,
 )
@@ -17,7 +18,7 @@ from lsn_consistency._lineage import named_timeline, primary_timeline
 from lsn_consistency._observation import Observation
 from lsn_consistency._plans import CONNECTIONS_TRIED, Lease
 from lsn_consistency._positions import advance_past_primary, advance_to, or_pinned, pin
-from lsn_consistency._steps import AwaitObservation, NodeFailure, Plan, Return, observe
+from lsn_consistency._steps import AwaitObservation, NodeFailure, Plan, Return
 from lsn_consistency._verdicts import Serve
 from lsn_consistency.consistency import Consistency, effective
 from lsn_consistency.exceptions import NoNodeAvailableError
@@ -85,8 +86,7 @@ def _close_write(core: Core, session: Session, lease: Lease, interrupted: bool) 
         session.pin(core.unix_clock() + (lease.level.seconds or 0.0))
     try:
         if not interrupted and not sticky:
-            seen = yield from observe(lease.conn, lease.facts.identity)
-            core.observed(lease.node, seen)
+            seen = yield from look_through(core, lease.conn, lease.facts)
     except NodeFailure as failure:
         report(core, lease.node, failure)
     finally:

@@ -85,7 +85,7 @@ def _counted(replica: Node) -> Iterator[list[int]]:
         yield counted
     finally:
         lines = log.read_text()[began:].splitlines()
-        probes = sum(line.endswith("select pg_catalog.pg_backend_pid(),") for line in lines)
+        probes = sum("select pg_catalog.pg_backend_pid()," in line for line in lines)
         counted[0] = probes + sum("wait for lsn" in line for line in lines)
         replica.configure("log_statement", "none")
 

@@ -119,6 +119,7 @@ class Endpoint:
     out: set[Connection] = field(default_factory=set)
     monitor: Connection | None = None
     identity: Identity | None = None
+    in_recovery: bool = False
 
     def connect(self, chance: Random) -> Connection:
         alive = [server for server in self.servers if server.alive and not server.frozen]
@@ -173,11 +174,13 @@ class Simulation:
             if endpoint.identity is None:
                 endpoint.identity, seen = self.fetch_all(identify(conn), chance)
             else:
-                seen = self.fetch_all(observe(conn, endpoint.identity), chance)
+                probe = observe(conn, endpoint.identity, in_recovery=endpoint.in_recovery)
+                seen = self.fetch_all(probe, chance)
         except NodeFailure as failure:
             endpoint.monitor = endpoint.identity = None
             self.core.failed(name, failure.cause)
         else:
+            endpoint.in_recovery = seen.in_recovery
             self.core.observed(name, seen, sample=True)
 
     def probe_all(self, chance: Random) -> None:

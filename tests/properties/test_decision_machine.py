@@ -353,7 +353,8 @@ class DecisionMachine(RuleBasedStateMachine):
             assert facts is not None
             known = core.usable(facts, self.world.now)
             try:
-                asked = self.world.fetch_all(observe(conn, facts.identity), self.chance)
+                probe = observe(conn, facts.identity, in_recovery=facts.in_recovery)
+                asked = self.world.fetch_all(probe, self.chance)
             except NodeFailure:
                 continue
             for seen in (known, asked):

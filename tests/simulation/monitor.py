@@ -84,10 +84,11 @@ class Monitor:
             yield from self._ask_timeline(self.seen)
 
     def _observe(self) -> Steps:
-        if self.identity is None:
+        if self.identity is None or self.seen is None:
             self.identity, seen = yield from self._run(identify(self.conn))
             return seen
-        return (yield from self._run(observe(self.conn, self.identity)))
+        known = observe(self.conn, self.identity, in_recovery=self.seen.in_recovery)
+        return (yield from self._run(known))
 
     def _run(self, plan: Any) -> Steps:
         return (yield from self.process.run(plan))

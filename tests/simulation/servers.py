@@ -246,9 +246,14 @@ class Server:
 
     def answer(self, statement: bytes, pid: int, transaction: int = 0) -> Row:
         """Run a statement of `_sql` that asks for something, in a numbered transaction."""
-        if statement in (_sql.PROBE, _sql.IDENTIFY) and not self.wal_functions:
+        probes = (_sql.PROBE_STANDBY, _sql.PROBE_PRIMARY)
+        if statement in (*probes, _sql.IDENTIFY) and not self.wal_functions:
             raise NodeFailure(PermissionError("permission denied"), state="42501")
-        if statement == _sql.PROBE:
+        if statement == _sql.PROBE_PRIMARY and not self.is_primary:
+            raise NodeFailure(ValueError("recovery is in progress"), state="55000")
+        if statement == _sql.PROBE_STANDBY and self.is_primary:
+            return (str(pid), "f", None, "0/1", "0/2", "9", None, "f", "f", None, None)
+        if statement in probes:
             return self.probe_row(pid)
         if statement == _sql.IDENTIFY:
             return [*self.probe_row(pid), *self.identity_row(pid, transaction)]
@@ -280,7 +285,7 @@ class Server:
             ("paused" if self.paused else "not paused") if recovery else None,
             self._position() if recovery else str(_raw_insert(self.log.insert)),
             str(Lsn(self.receive)) if recovery else str(Lsn(self.log.flush)),
-            None if timeline is None else str(timeline),
+            None if timeline is None else str(timeline) if recovery else f"{timeline:08X}",
             None if received is None else str(received),
             "t" if streams else "f",
             "t" if recovery and self.delayed else "f",

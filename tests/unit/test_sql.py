@@ -33,6 +33,7 @@ PRIMARY: dict[str, str | None] = {
     "recovery": "f",
     "paused": None,
     "other": "0/3000080",
+    "timeline": "00000001",
     "received": None,
     "streaming": "f",
     "age": None,
@@ -227,14 +228,14 @@ def test_other_errors_of_a_probe_are_failures() -> None:
 )
 def test_what_cannot_be_read_is_a_failure_of_its_server(row: tuple[str | None, ...]) -> None:
     """A server, or something before it, that answers anything else has no role and no position."""
-    known, new = observe("conn", IDENTITY), identify("conn")
-    next(known)
-    next(new)
-    with pytest.raises(NodeFailure, match="cannot be read") as known_failed:
-        known.send(_reply(row))
-    with pytest.raises(NodeFailure, match="cannot be read") as new_failed:
-        new.send(_reply((*row, *TAIL) if row else ()))
-    for failed in (known_failed, new_failed):
+    standby = len(row) > 1 and row[1] == "t"
+    for plan, answer in (
+        (observe("conn", IDENTITY, in_recovery=standby), row),
+        (identify("conn"), (*row, *TAIL) if row else ()),
+    ):
+        next(plan)
+        with pytest.raises(NodeFailure, match="cannot be read") as failed:
+            plan.send(_reply(answer))
         assert (True, None) == (failed.value.down, failed.value.state)
 
 
@@ -243,8 +244,27 @@ def test_a_known_server_is_only_probed(kept: dict[str, bool]) -> None:
     """Behind a pooler, or without positions, who answers is asked each time."""
     server = IDENTITY.server._replace(system_id=0 if kept.get("limited") else 7)
     identity = Identity(server, 8192, 16777216, 0.6, pooled=kept.get("pooled", False))
-    expected = _sql.IDENTIFY if kept else _sql.PROBE
-    assert Fetch("conn", expected) == next(observe("conn", identity))
+    for in_recovery, probe in ((True, _sql.PROBE_STANDBY), (False, _sql.PROBE_PRIMARY)):
+        expected = _sql.IDENTIFY if kept else probe
+        assert Fetch("conn", expected) == next(observe("conn", identity, in_recovery=in_recovery))
+
+
+def test_a_standby_that_was_promoted_is_asked_as_a_primary() -> None:
+    """Over the connection that it had before; nothing else of the first answer is believed."""
+    plan = observe("conn", IDENTITY, in_recovery=True)
+    assert Fetch("conn", _sql.PROBE_STANDBY) == next(plan)
+    first = {**STANDBY, "recovery": "f", "lsn": "F/0", "timeline": "9"}
+    assert Fetch("conn", _sql.PROBE_PRIMARY) == plan.send(_reply(tuple(first.values())))
+    second = Reply(tuple({**PRIMARY, "timeline": "0000000A"}.values()), 42, 2.0, 2.1)
+    with pytest.raises(StopIteration) as done:
+        plan.send(second)
+    observed: Observation = done.value.value
+    assert (False, 10, Lsn(0x3000100), 2.0) == (
+        observed.in_recovery,
+        observed.timeline,
+        observed.lsn,
+        observed.sent_at,
+    )
 
 
 @pytest.mark.parametrize("pooled", [True, False])
@@ -252,16 +272,15 @@ def test_a_refused_statement_does_not_end_a_transaction_behind_a_pooler(pooled: 
     """A server known to refuse its functions is asked without them where that would cost more."""
     identity = Identity(IDENTITY.server._replace(system_id=0), 8192, 16777216, 0.6, pooled=pooled)
     expected = _sql.IDENTIFY_WITHOUT_WAL if pooled else _sql.IDENTIFY
-    plan = observe("conn", identity)
+    plan = observe("conn", identity, in_recovery=True)
     assert Fetch("conn", expected) == next(plan)
 
 
 def test_the_pause_state_stands_before_the_position() -> None:
     """Paused first, then read: the position covers all that was visible."""
-    probe = _sql.PROBE
-    assert probe.index(b"pause_state") < probe.index(b"pg_last_wal_replay_lsn")
-    assert probe.index(b"pg_last_wal_replay_lsn") < probe.index(b"pg_last_wal_receive_lsn")
-    assert _sql.IDENTIFY.startswith(_sql.PROBE)
+    for probe in (_sql.PROBE_STANDBY, _sql.IDENTIFY):
+        assert probe.index(b"pause_state") < probe.index(b"pg_last_wal_replay_lsn")
+        assert probe.index(b"pg_last_wal_replay_lsn") < probe.index(b"pg_last_wal_receive_lsn")
 
 
 # Timelines
@@ -326,7 +345,8 @@ def test_the_transaction_is_part_of_the_identity_only() -> None:
 def test_every_column_is_read() -> None:
     """The statements and their rows are as wide as each other."""
     for statement, row in (
-        (_sql.PROBE, tuple(STANDBY.values())),
+        (_sql.PROBE_STANDBY, tuple(STANDBY.values())),
+        (_sql.PROBE_PRIMARY, tuple(PRIMARY.values())),
         (_sql.IDENTIFY, (*STANDBY.values(), *TAIL)),
         (_sql.IDENTIFY_WITHOUT_WAL, LIMITED_ROW),
     ):
