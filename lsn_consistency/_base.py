@@ -18,6 +18,7 @@ from psycopg.conninfo import make_conninfo
 from lsn_consistency._core import POOL_TIMEOUT_SECONDS, Core, Facts
 from lsn_consistency._monitor import Connect
 from lsn_consistency._settings import Settings, check_weights, name_nodes
+from lsn_consistency._steps import METHODS
 from lsn_consistency.events import Event
 from lsn_consistency.exceptions import ConfigurationError
 
@@ -46,6 +47,7 @@ class BaseRouter:
         for name, source in self._sources.items():
             self._check_source(name, source)
         self._check_pool_options()
+        self._methods = {kind: getattr(self, name) for kind, name in METHODS.items()}
         self._core: Core | None = None
         self._pools: dict[str, Any] = {}
         self._inherited_names: list[str] = []
@@ -104,6 +106,7 @@ class BaseRouter:
             emit=self.emit,
             kick=kick,
             warn=_logger.warning,
+            listens=self._settings.on_event is not None,
         )
 
     def _open_given(self, name: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 from lsn_consistency._nodes import Node
 from lsn_consistency._observation import Observation, PrimarySamples, Server
 from lsn_consistency._settings import PRIMARY_NAME, Settings
+from lsn_consistency._shortlist import Candidate, Shortlist
 from lsn_consistency._timelines import Timelines
 from lsn_consistency._waiters import PositionQueue, TurnQueue, Waiter
 from lsn_consistency.events import Event, NodeFailed, NodeRecovered, RoleChanged
@@ -46,6 +47,8 @@ class Cluster:
         self.conflict: str | None = None
         self.fallback_reads = 0
         self.fallback_turns = TurnQueue()
+        # None after each news, until somebody needs it; it is replaced and never changed.
+        self.shortlist: Shortlist | None = None
 
     # Observations
 
@@ -75,6 +78,7 @@ class Cluster:
                 self.timelines.watch(node.completed(before), seen)
             timeline = self.timeline
             self._elect()
+            self.shortlist = None
             released = node.waiting.release(seen)
             if node is self.primary and not seen.in_recovery:
                 if sample:
@@ -105,6 +109,7 @@ class Cluster:
             if history is not None:
                 self.timelines.learn(server, history)
             self.nodes[name].follows(server, timeline)
+            self.shortlist = None
 
     def wants_history(self, seen: Observation) -> bool:
         """
@@ -133,6 +138,7 @@ class Cluster:
             if node is self.primary:
                 self.samples.interrupt()
             self._elect()
+            self.shortlist = None
             released = node.waiting.release_all()
         for waiter in released:
             waiter.wake()
@@ -214,6 +220,40 @@ class Cluster:
         if system_id != self.system_id:
             self.system_id = system_id
             self.timeline = 0
+
+    # Choosing
+
+    def listed(self) -> Shortlist:
+        """
+        Return the replicas that may serve without further questions.
+        """
+        known = self.shortlist
+        if known is None:
+            with self.lock:
+                known = self.shortlist = Shortlist(
+                    self.system_id or 0, self.timeline, self._candidates()
+                )
+        return known
+
+    def _candidates(self) -> list[Candidate]:
+        # Everything here must hold for as long as nothing new is observed.
+        primary = None if self.primary is None else self.primary.newest
+        if primary is None or primary.in_recovery or self.conflict is not None:
+            return []
+        if not self.system_id or primary.timeline != self.timeline:
+            return []
+        found = []
+        for node in self.all_nodes:
+            seen = node.newest
+            if seen is None or not seen.in_recovery or seen.server.system_id != self.system_id:
+                continue
+            if seen.timeline is None or seen.timeline > self.timeline:
+                # What it may serve is a question of its own.
+                return []
+            if seen.timeline == self.timeline:
+                moment = self.samples.moment_of(seen)
+                found.append(Candidate(node, seen, moment, self.settings.max_lag_seconds))
+        return found
 
     # Lag
 

@@ -113,7 +113,8 @@ def begin(conn: Any, facts: Facts) -> Plan[None]:
 def _change_to_read_only(conn: Any, facts: Facts) -> Plan[None]:
     if not facts.changed:
         facts.changed, facts.own_read_only = True, conn.read_only
-    yield SetReadOnly(conn, True)
+    if conn.read_only is not True:
+        yield SetReadOnly(conn, True)
 
 
 def make_writable(conn: Any, facts: Facts) -> Plan[None]:
@@ -177,13 +178,8 @@ def restore(core: Core, conn: Any, facts: Facts) -> Plan[None]:
     """
     Give a read's connection its own settings back, where anybody else may take it.
     """
-    if conn.closed:
-        return
-    if facts.changed:
-        yield SetReadOnly(conn, facts.own_read_only)
-        facts.changed = False
-    if core.is_given(facts.node):
-        # Its owner takes connections of this pool too.
+    # A pool of the router's own gives its connections to blocks of the router only.
+    if core.is_given(facts.node) and not conn.closed:
         yield from make_writable(conn, facts)
 
 

@@ -15,12 +15,14 @@ from typing import Any, Final
 
 from lsn_consistency import _decision
 from lsn_consistency._cluster import Cluster
+from lsn_consistency._decision import decide_at_once
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import Settings
 from lsn_consistency._sql import Identity
 from lsn_consistency._verdicts import Read, Serve, Verdict
 from lsn_consistency.consistency import Consistency, effective
-from lsn_consistency.events import Event, LagExceeded, NodeRecovered
+from lsn_consistency.events import Event, LagExceeded, NodeRecovered, ReadRouted
+from lsn_consistency.route import Route
 from lsn_consistency.session import Session
 from lsn_consistency.tokens import Token
 
@@ -75,6 +77,7 @@ class Core:
         kick: Callable[[str], None],
         warn: Callable[[str], None],
         random: Callable[[], float] = draw,
+        listens: bool = True,
     ) -> None:
         self.settings = settings
         self._given = frozenset(given)
@@ -83,6 +86,7 @@ class Core:
         self.clock = clock
         self.unix_clock = unix_clock
         self.emit = emit
+        self._listens = listens
         self.kick = kick
         self._warn = warn
         self._random = random
@@ -225,6 +229,45 @@ class Core:
             # The clock is read after the token.
             began=self.clock(),
         )
+
+    def choose_at_once(
+        self, session: Session, token: Token | None, consistency: Consistency | None
+    ) -> Route | None:
+        """
+        Return where a read goes that nothing has to be asked or tried for; None for any other.
+        """
+        now = self.clock()
+        found = decide_at_once(
+            self.cluster,
+            effective(consistency, self.settings.consistency),
+            session.token if token is None else token,
+            session.node,
+            now,
+            self._random,
+        )
+        if found is None:
+            return None
+        candidate, required = found
+        ends, caught_up, within_lag = candidate.routes
+        if now > ends:
+            _, caught_up, within_lag = candidate.renewed(now)
+        route = within_lag if required is None else caught_up
+        session.accessed = True
+        session.last_route = route
+        session.node = route.name
+        if self._listens:
+            self.emit(ReadRouted(route))
+        return route
+
+    def note(self, session: Session, route: Route) -> None:
+        """
+        Remember in the session where a read goes, and tell the hook.
+        """
+        session.last_route = route
+        if not route.is_primary:
+            session.node = route.name
+        if self._listens:
+            self.emit(ReadRouted(route))
 
     def decide(self, read: Read) -> Verdict:
         """

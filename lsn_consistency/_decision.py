@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from lsn_consistency import _balance
 from lsn_consistency._cluster import Cluster
 from lsn_consistency._lineage import (
     Unprovable,
@@ -37,6 +38,7 @@ from lsn_consistency._lineage import (
 )
 from lsn_consistency._nodes import Node
 from lsn_consistency._observation import Observation
+from lsn_consistency._shortlist import Candidate, Shortlist
 from lsn_consistency._verdicts import Fail, Lost, Read, Refresh, Serve, Verdict, Wait
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import (
@@ -45,6 +47,7 @@ from lsn_consistency.exceptions import (
 )
 from lsn_consistency.lsn import Position
 from lsn_consistency.route import Reason
+from lsn_consistency.tokens import Token
 
 FRESH_SHARE: Final = 0.25
 """An observation older than this share of the lag limit is refreshed before the limit decides."""
@@ -53,6 +56,39 @@ FRESH_SHARE: Final = 0.25
 class _Candidate(NamedTuple):
     node: Node
     lag_seconds: float
+
+
+def decide_at_once(
+    cluster: Cluster,
+    level: Consistency,
+    token: Token,
+    preferred: str | None,
+    now: float,
+    random: Callable[[], float],
+) -> tuple[Candidate, Position | None] | None:
+    """
+    Return the replica that `decide` would serve a new read from, and the position that it reached.
+
+    None says nothing but that `decide` has to be asked: most reads are answered here.
+    """
+    if not level.uses_token or token.pin_until is not None:
+        return None
+    shortlist = cluster.shortlist
+    if shortlist is None:
+        shortlist = cluster.listed()
+    required = token.positions.get(shortlist.system_id)
+    if required is None:
+        if token.is_full:
+            return None
+        lsn = -1
+    else:
+        _, timeline, lsn = required
+        if timeline != shortlist.timeline:
+            return None
+    found = shortlist.by_name.get(preferred)
+    if found is None or found.lsn < lsn or now > found.until:
+        found = shortlist.drawn(lsn, now, random)
+    return None if found is None else (found, required)
 
 
 def decide(
@@ -64,6 +100,24 @@ def decide(
 ) -> Verdict:
     """
     Say what a read does next. ``random`` gives numbers from 0 up to 1, for the balance.
+    """
+    if read.is_new:
+        found = decide_at_once(cluster, read.level, read.token, read.preferred, now, random)
+        if found is not None:
+            candidate, required = found
+            return Serve(candidate.node, _reason(required), now - candidate.moment, required)
+    return decide_wholly(cluster, read, now, unix_now, random)
+
+
+def decide_wholly(
+    cluster: Cluster,
+    read: Read,
+    now: float,
+    unix_now: float,
+    random: Callable[[], float],
+) -> Verdict:
+    """
+    Say the same as `decide`, for every read: the rules themselves.
     """
     if newer := _newer_timeline(cluster, read):
         return newer
@@ -83,6 +137,8 @@ def admits(cluster: Cluster, read: Read, serve: Serve, seen: Observation, now: f
     """
     Tell whether a connection may serve ``read``, its server having been observed so.
     """
+    if _admits_at_once(cluster.listed(), read, serve, seen, now):
+        return True
     if serve.primary:
         named = named_timeline(cluster, read.level, read.token)
         return cluster.is_primary(seen) and (seen.timeline or 0) >= named
@@ -95,6 +151,19 @@ def admits(cluster: Cluster, read: Read, serve: Serve, seen: Observation, now: f
     if serve.stale or serve.reason is Reason.PRIMARY_DOWN:
         return True
     return cluster.lag_seconds(seen, now) <= read.lag_limit
+
+
+def _admits_at_once(
+    shortlist: Shortlist, read: Read, serve: Serve, seen: Observation, now: float
+) -> bool:
+    known = shortlist.by_name.get(serve.node.name)
+    if known is None or known.seen is not seen or serve.primary or not read.level.uses_token:
+        return False
+    if serve.required is None:
+        return known.serves(-1, now)
+    system_id, timeline, lsn = serve.required
+    ours = system_id == shortlist.system_id and timeline == shortlist.timeline
+    return ours and known.serves(lsn, now)
 
 
 def _is_pinned(read: Read, unix_now: float) -> bool:
@@ -278,28 +347,13 @@ def _furthest(candidates: list[_Candidate]) -> list[_Candidate]:
 def _balanced(
     candidates: list[_Candidate], preferred: str | None, random: Callable[[], float]
 ) -> _Candidate:
-    # Power of two choices (Mitzenmacher 2001): two by weight, then the one with fewer reads in
-    # flight.
     if len(candidates) == 1:
         return candidates[0]
     for candidate in candidates:
         if candidate.node.name == preferred:
             return candidate
-    first, second = _drawn(candidates, random()), _drawn(candidates, random())
-    return second if _load(second) < _load(first) else first
-
-
-def _drawn(candidates: list[_Candidate], number: float) -> _Candidate:
-    left = number * sum(each.node.weight for each in candidates)
-    for candidate in candidates:
-        left -= candidate.node.weight
-        if left < 0:
-            return candidate
-    return candidates[-1]
-
-
-def _load(candidate: _Candidate) -> float:
-    return candidate.node.in_flight / candidate.node.weight
+    first, second = _balance.two(candidates, _balance.bounds(candidates), random)
+    return _balance.less_loaded(first, second)
 
 
 def _primary(

@@ -167,12 +167,18 @@ class PrimarySamples:
 
         The age of the observation is part of it.
         """
+        return now - self.moment_of(seen)
+
+    def moment_of(self, seen: Observation) -> float:
+        """
+        Return a time of which ``seen`` shows everything; minus infinity if none is known.
+        """
         if seen.lsn is None or self._origin != (seen.server.system_id, seen.timeline):
-            return math.inf
+            return -math.inf
         if seen.lsn > self._inserts.newest and seen.received_at <= self.newest_at:
             # No standby of this primary can be ahead of it: it follows another.
-            return math.inf
-        return now - max(self._inserts.time_of(seen.lsn), self._flushes.time_of(seen.lsn))
+            return -math.inf
+        return max(self._inserts.time_of(seen.lsn), self._flushes.time_of(seen.lsn))
 
 
 class _Series:

@@ -9,7 +9,7 @@ go.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Protocol
 
 from lsn_consistency._connections import (
     READY_SECONDS,
@@ -54,6 +54,9 @@ MAX_ATTEMPTS: Final = 16
 CONNECTIONS_TRIED: Final = 3
 MAX_REFUSALS: Final = 4
 RETRY_AFTER_SECONDS: Final = 1.0
+ENTERED_TWICE: Final = (
+    "call read() or write() once for each with block: this one was entered before"
+)
 _NOTHING: Final = Token()
 _FALLBACKS: Final = frozenset(
     {Reason.NOT_CAUGHT_UP, Reason.LAG_EXCEEDED, Reason.NO_REPLICA, Reason.TIMELINE_CHANGED}
@@ -80,6 +83,47 @@ class Lease:
     seen: Observation | None = None
 
 
+class Use(Protocol):
+    """
+    Describe what a block is for: the plans of its start and of its end.
+    """
+
+    def open(self, core: Core, session: Session) -> Plan[Lease]:
+        """
+        Take a connection.
+        """
+
+    def close(self, core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
+        """
+        Give it back; ``interrupted`` says that there is no time to ask anybody.
+        """
+
+
+class Reading(NamedTuple):
+    """
+    Be what a block of ``read()`` is for.
+    """
+
+    token: Token | None
+    consistency: Consistency | None
+    node: str | None
+
+    def open(self, core: Core, session: Session) -> Plan[Lease]:
+        """
+        Take a connection that may serve the read.
+        """
+        read = core.new_read(session, self.token, self.consistency)
+        if self.node is None:
+            return open_read(core, session, read)
+        return open_forced(core, session, read, self.node)
+
+    def close(self, core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
+        """
+        Give it back; see `close_read`.
+        """
+        return close_read(core, session, lease, interrupted=interrupted)
+
+
 def open_read(core: Core, session: Session, read: Read) -> Plan[Lease]:
     """
     Take a connection that may serve ``read``.
@@ -91,7 +135,7 @@ def open_read(core: Core, session: Session, read: Read) -> Plan[Lease]:
         verdict = yield from _verdict(core, read)
         lease = yield from take(core, read, verdict)
         if lease is not None:
-            _note(core, session, lease.route)
+            core.note(session, lease.route)
             lease.token = _reissued(core, session, lease.node, lease.lost)
             try:
                 _report_lost(core, lease.lost)
@@ -115,7 +159,7 @@ def choose(core: Core, session: Session, read: Read) -> Plan[Route]:
     route = _route(read, verdict)
     if route.reason is Reason.LAG_EXCEEDED:
         core.warn_lag_exceeded(read)
-    _note(core, session, route)
+    core.note(session, route)
     if route.reason is Reason.TIMELINE_CHANGED:
         _warn_unproven(core, verdict)
         # No read follows that would give the session a position on the new timeline.
@@ -387,10 +431,3 @@ def _route(read: Read, serve: Serve) -> Route:
         serve.lag_seconds,
         serve.stale,
     )
-
-
-def _note(core: Core, session: Session, route: Route) -> None:
-    session.last_route = route
-    if not route.is_primary:
-        session.node = route.name
-    core.emit(ReadRouted(route))

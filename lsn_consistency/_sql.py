@@ -87,6 +87,9 @@ IDENTIFY_WITHOUT_WAL: Final = b"""select
 WAL_FUNCTIONS_UNAVAILABLE: Final = frozenset({"0A000", "42501", "42883"})
 """SQLSTATEs of a server that does not offer its WAL functions (Aurora, revoked EXECUTE)."""
 
+IN_RECOVERY: Final = "55000"
+"""SQLSTATE of a standby that is asked as a primary."""
+
 BEGIN_READ_COMMITTED: Final = b"begin isolation level read committed read only"
 """Behind a pooler, check and read share one transaction, whose every statement is fresh."""
 

@@ -220,8 +220,15 @@ def observe(conn: Any, identity: Identity, *, in_recovery: bool) -> Plan[Observa
     if identity.pooled or identity.limited:
         _, seen = yield from identify(conn, limited=identity.pooled and identity.limited)
         return seen
-    statement = _sql.PROBE_STANDBY if in_recovery else _sql.PROBE_PRIMARY
-    reply: Reply = yield Fetch(conn, statement)
+    try:
+        statement = _sql.PROBE_STANDBY if in_recovery else _sql.PROBE_PRIMARY
+        reply: Reply = yield Fetch(conn, statement)
+    except NodeFailure as failure:
+        if failure.state != _sql.IN_RECOVERY:
+            raise
+        # No primary becomes a standby while it runs: the connection leads elsewhere now.
+        _, seen = yield from identify(conn)
+        return seen
     try:
         if in_recovery and _sql.is_promoted(reply.row):
             reply = yield Fetch(conn, _sql.PROBE_PRIMARY)

@@ -56,6 +56,14 @@ class Read:
     compared: bool = False
     primary_error: BaseException | None = None
 
+    @property
+    def is_new(self) -> bool:
+        """
+        Tell that nothing was tried for it yet.
+        """
+        tried = self.excluded or self.refused or self.refreshed or self.compared
+        return not tried and self.waiting_since is None and self.primary_error is None
+
 
 class Serve(NamedTuple):
     """

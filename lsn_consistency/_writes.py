@@ -4,6 +4,7 @@ The steps of a write, and of taking the primary's position, without the input an
 
 from __future__ import annotations
 
+from lsn_consistency import _retries
 from lsn_consistency._connections import (
     checkout_of_primary,
     look,
@@ -25,6 +26,25 @@ from lsn_consistency.exceptions import NoNodeAvailableError
 from lsn_consistency.route import Reason, Route
 from lsn_consistency.session import Session
 from lsn_consistency.tokens import Token
+
+
+class Writing:
+    """
+    Be what a block of ``write()`` is for.
+    """
+
+    def open(self, core: Core, session: Session) -> Plan[Lease]:
+        """
+        Take a connection of the primary.
+        """
+        _retries.note_write()
+        return open_write(core, session)
+
+    def close(self, core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
+        """
+        Give it back; see `close_write`.
+        """
+        return close_write(core, session, lease, interrupted=interrupted)
 
 
 def open_write(core: Core, session: Session) -> Plan[Lease]:

@@ -12,12 +12,16 @@ import inspect
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from lsn_consistency.exceptions import ConfigurationError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_TOKEN_LEVELS = frozenset({"causal", "read_your_writes"})
+# What the primary has shown, a later causal read must not miss.
+_ADVANCING_LEVELS = frozenset({"causal", "strong"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +41,19 @@ class Consistency:
 
     name: str
     seconds: float | None = None
+    uses_token: bool = field(init=False, repr=False, compare=False)
+    """Whether a read at this level must reach the session's position."""
+    advances_on_reads: bool = field(init=False, repr=False, compare=False)
+    """Whether a read at this level moves the session past what it can have seen."""
 
     STRONG: ClassVar[Consistency]
     CAUSAL: ClassVar[Consistency]
     READ_YOUR_WRITES: ClassVar[Consistency]
     EVENTUAL: ClassVar[Consistency]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uses_token", self.name in _TOKEN_LEVELS)
+        object.__setattr__(self, "advances_on_reads", self.name in _ADVANCING_LEVELS)
 
     @classmethod
     def bounded(cls, seconds: float) -> Consistency:
@@ -65,20 +77,6 @@ class Consistency:
         """
         return cls("sticky", _positive("Consistency.sticky", seconds))
 
-    @property
-    def uses_token(self) -> bool:
-        """
-        Tell whether a read at this level must reach the session's position.
-        """
-        return self.name in _TOKEN_LEVELS
-
-    @property
-    def advances_on_reads(self) -> bool:
-        """
-        Tell whether a read at this level moves the session past what it can have seen.
-        """
-        return self.name in _ADVANCING_LEVELS
-
     def lag_limit(self, default: float) -> float:
         """
         Return the greatest lag in seconds at which a replica may serve this level.
@@ -99,10 +97,6 @@ Consistency.STRONG = Consistency("strong")
 Consistency.CAUSAL = Consistency("causal")
 Consistency.READ_YOUR_WRITES = Consistency("read_your_writes")
 Consistency.EVENTUAL = Consistency("eventual")
-
-_TOKEN_LEVELS = frozenset({"causal", "read_your_writes"})
-# What the primary has shown, a later causal read must not miss.
-_ADVANCING_LEVELS = frozenset({"causal", "strong"})
 
 
 class _Block(NamedTuple):

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from functools import partial
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from time import monotonic
+from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import psycopg
@@ -26,7 +26,7 @@ from lsn_consistency._workers import Threads
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import ConfigurationError
 from lsn_consistency.route import Route
-from lsn_consistency.session import current_session
+from lsn_consistency.session import Session, current_session
 from lsn_consistency.tokens import Token
 
 _Result = TypeVar("_Result")
@@ -100,14 +100,13 @@ class Router(Threads, BaseRouter):
 
     # Use
 
-    @contextmanager
     def read(
         self,
         token: Token | None = None,
         *,
         consistency: Consistency | None = None,
         node: str | None = None,
-    ) -> Iterator[Connection]:
+    ) -> AbstractContextManager[Connection]:
         """
         Yield a read-only connection of a node that satisfies the session's token.
 
@@ -117,20 +116,9 @@ class Router(Threads, BaseRouter):
 
         Raises a `RoutingError` when nothing may serve the read.
         """
-        core = self._running()
-        session = current_session()
-        asked = core.new_read(session, token, consistency)
-        plan = (
-            _plans.open_read(core, session, asked)
-            if node is None
-            else _plans.open_forced(core, session, asked, node)
-        )
-        lease = self._run(plan)
-        with self._using(lease, partial(_plans.close_read, core, session, lease)) as conn:
-            yield conn
+        return _Block(self, _plans.Reading(token, consistency, node))
 
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
+    def write(self) -> AbstractContextManager[Connection]:
         """
         Yield a connection of the primary; after COMMIT the session advances to its position.
 
@@ -141,12 +129,7 @@ class Router(Threads, BaseRouter):
         Raises the driver's own error when the primary is down, and `NoNodeAvailableError` when no
         node is the primary. Writes are never repeated.
         """
-        _retries.note_write()
-        core = self._running()
-        session = current_session()
-        lease = self._run(_writes.open_write(core, session))
-        with self._using(lease, partial(_writes.close_write, core, session, lease)) as conn:
-            yield conn
+        return _Block(self, _writes.Writing())
 
     def choose(
         self,
@@ -163,8 +146,11 @@ class Router(Threads, BaseRouter):
 
         Raises a `RoutingError` when nothing may serve the read.
         """
-        core = self._running()
+        core = self._core or self._running()
         session = current_session()
+        route = core.choose_at_once(session, token, consistency)
+        if route is not None:
+            return route
         asked = core.new_read(session, token, consistency, timeout)
         return self._run(_plans.choose(core, session, asked))
 
@@ -211,21 +197,6 @@ class Router(Threads, BaseRouter):
         """
         _retries.note_write()
         self._run(_writes.capture(self._running(), current_session()))
-
-    @contextmanager
-    def _using(
-        self, lease: _plans.Lease, close: Callable[..., _steps.Plan[None]]
-    ) -> Iterator[Connection]:
-        interrupted = False
-        try:
-            with lease.conn:
-                yield lease.conn
-                self._run(_plans.last_look(lease))
-        except BaseException as error:
-            interrupted = not isinstance(error, Exception)
-            raise
-        finally:
-            self._run(close(interrupted=interrupted))
 
     # Starting
 
@@ -294,11 +265,12 @@ class Router(Threads, BaseRouter):
     # Steps
 
     def _run(self, plan: _steps.Plan[_Result]) -> _Result:
+        methods = self._methods
         try:
             step = next(plan)
             while True:
                 try:
-                    result = getattr(self, _steps.METHODS[type(step)])(step)
+                    result = methods[type(step)](step)
                 except BaseException as error:
                     step = plan.throw(error)
                 else:
@@ -374,6 +346,55 @@ class Router(Threads, BaseRouter):
     def _kick(self, name: str) -> None:
         if self._monitors is not None:
             self._monitors.kick(name)
+
+
+class _Block:
+    """
+    Lend a connection for the time of one ``with`` block.
+    """
+
+    __slots__ = ("_core", "_lease", "_router", "_session", "_use")
+
+    _core: Core
+    _session: Session
+
+    def __init__(self, router: Router, use: _plans.Use) -> None:
+        self._router = router
+        self._use = use
+        self._lease: _plans.Lease | None = None
+
+    def __enter__(self) -> Connection:
+        if self._lease is not None:
+            raise ConfigurationError(_plans.ENTERED_TWICE)
+        router = self._router
+        core = self._core = router._running()
+        session = self._session = current_session()
+        lease = self._lease = router._run(self._use.open(core, session))
+        conn: Connection = lease.conn
+        return conn
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        lease = self._lease
+        assert lease is not None
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        try:
+            if kind is None:
+                with lease.conn:
+                    if lease.transaction is not None:
+                        self._router._run(_plans.last_look(lease))
+            else:
+                lease.conn.__exit__(kind, error, trace)
+        except BaseException as ending:
+            interrupted = interrupted or not isinstance(ending, Exception)
+            raise
+        finally:
+            close = self._use.close(self._core, self._session, lease, interrupted=interrupted)
+            self._router._run(close)
 
 
 def _wait(core: Core, waiter: Waiter, event: threading.Event, seconds: float) -> None:

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
-from functools import partial
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import psycopg
@@ -24,7 +24,7 @@ from lsn_consistency._workers import Tasks
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import ConfigurationError
 from lsn_consistency.route import Route
-from lsn_consistency.session import current_session
+from lsn_consistency.session import Session, current_session
 from lsn_consistency.tokens import Token
 
 _Result = TypeVar("_Result")
@@ -93,14 +93,13 @@ class AsyncRouter(Tasks, BaseRouter):
 
     # Use
 
-    @asynccontextmanager
-    async def read(
+    def read(
         self,
         token: Token | None = None,
         *,
         consistency: Consistency | None = None,
         node: str | None = None,
-    ) -> AsyncIterator[Connection]:
+    ) -> AbstractAsyncContextManager[Connection]:
         """
         Yield a read-only connection of a node that satisfies the session's token.
 
@@ -110,20 +109,9 @@ class AsyncRouter(Tasks, BaseRouter):
 
         Raises a `RoutingError` when nothing may serve the read.
         """
-        core = self._running()
-        session = current_session()
-        asked = core.new_read(session, token, consistency)
-        plan = (
-            _plans.open_read(core, session, asked)
-            if node is None
-            else _plans.open_forced(core, session, asked, node)
-        )
-        lease = await self._run(plan)
-        async with self._using(lease, partial(_plans.close_read, core, session, lease)) as conn:
-            yield conn
+        return _Block(self, _plans.Reading(token, consistency, node))
 
-    @asynccontextmanager
-    async def write(self) -> AsyncIterator[Connection]:
+    def write(self) -> AbstractAsyncContextManager[Connection]:
         """
         Yield a connection of the primary; after COMMIT the session advances to its position.
 
@@ -134,12 +122,7 @@ class AsyncRouter(Tasks, BaseRouter):
         Raises the driver's own error when the primary is down, and `NoNodeAvailableError` when no
         node is the primary. Writes are never repeated.
         """
-        _retries.note_write()
-        core = self._running()
-        session = current_session()
-        lease = await self._run(_writes.open_write(core, session))
-        async with self._using(lease, partial(_writes.close_write, core, session, lease)) as conn:
-            yield conn
+        return _Block(self, _writes.Writing())
 
     async def choose(
         self,
@@ -156,8 +139,11 @@ class AsyncRouter(Tasks, BaseRouter):
 
         Raises a `RoutingError` when nothing may serve the read.
         """
-        core = self._running()
+        core = self._core or self._running()
         session = current_session()
+        route = core.choose_at_once(session, token, consistency)
+        if route is not None:
+            return route
         asked = core.new_read(session, token, consistency, timeout)
         return await self._run(_plans.choose(core, session, asked))
 
@@ -204,21 +190,6 @@ class AsyncRouter(Tasks, BaseRouter):
         """
         _retries.note_write()
         await self._run(_writes.capture(self._running(), current_session()))
-
-    @asynccontextmanager
-    async def _using(
-        self, lease: _plans.Lease, close: Callable[..., _steps.Plan[None]]
-    ) -> AsyncIterator[Connection]:
-        interrupted = False
-        try:
-            async with lease.conn:
-                yield lease.conn
-                await self._run(_plans.last_look(lease))
-        except BaseException as error:
-            interrupted = not isinstance(error, Exception)
-            raise
-        finally:
-            await self._run(close(interrupted=interrupted))
 
     # Starting
 
@@ -288,11 +259,12 @@ class AsyncRouter(Tasks, BaseRouter):
     # Steps
 
     async def _run(self, plan: _steps.Plan[_Result]) -> _Result:
+        methods = self._methods
         try:
             step = next(plan)
             while True:
                 try:
-                    result = await getattr(self, _steps.METHODS[type(step)])(step)
+                    result = await methods[type(step)](step)
                 except BaseException as error:
                     step = plan.throw(error)
                 else:
@@ -395,3 +367,52 @@ class AsyncRouter(Tasks, BaseRouter):
         finally:
             core.cluster.give_up(waiter)
         return waiter
+
+
+class _Block:
+    """
+    Lend a connection for the time of one ``async with`` block.
+    """
+
+    __slots__ = ("_core", "_lease", "_router", "_session", "_use")
+
+    _core: Core
+    _session: Session
+
+    def __init__(self, router: AsyncRouter, use: _plans.Use) -> None:
+        self._router = router
+        self._use = use
+        self._lease: _plans.Lease | None = None
+
+    async def __aenter__(self) -> Connection:
+        if self._lease is not None:
+            raise ConfigurationError(_plans.ENTERED_TWICE)
+        router = self._router
+        core = self._core = router._running()
+        session = self._session = current_session()
+        lease = self._lease = await router._run(self._use.open(core, session))
+        conn: Connection = lease.conn
+        return conn
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        lease = self._lease
+        assert lease is not None
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        try:
+            if kind is None:
+                async with lease.conn:
+                    if lease.transaction is not None:
+                        await self._router._run(_plans.last_look(lease))
+            else:
+                await lease.conn.__aexit__(kind, error, trace)
+        except BaseException as ending:
+            interrupted = interrupted or not isinstance(ending, Exception)
+            raise
+        finally:
+            close = self._use.close(self._core, self._session, lease, interrupted=interrupted)
+            await self._router._run(close)

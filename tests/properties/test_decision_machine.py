@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lsn_consistency import Consistency, Position, Reason, Session, Token
-from lsn_consistency._decision import admits
+from lsn_consistency._decision import admits, decide_at_once, decide_wholly
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import PRIMARY_NAME
 from lsn_consistency._steps import NodeFailure, identify, observe
@@ -266,6 +266,7 @@ class DecisionMachine(RuleBasedStateMachine):
     def check(self, read: Read) -> None:
         core = self.world.core
         verdict = core.decide(read)
+        self.check_at_once(read)
         if isinstance(verdict, Fail):
             assert isinstance(verdict.error, RoutingError)
             assert read.primary_error or core.cluster.primary is None or self.is_ahead(read)
@@ -279,6 +280,28 @@ class DecisionMachine(RuleBasedStateMachine):
             self.check_primary(read, verdict)
         else:
             self.check_replica(read, verdict)
+
+    def check_at_once(self, read: Read) -> None:
+        """What is decided at once is what the rules say, for whichever replica is preferred."""
+        now, random = self.world.now, self.chance.random
+        cluster = self.world.core.cluster
+        for preferred in (None, *NODES):
+            found = decide_at_once(cluster, read.level, read.token, preferred, now, random)
+            if found is None or not read.is_new:
+                continue
+            candidate, required = found
+            asked = replace(read, preferred=candidate.node.name)
+            ruled = decide_wholly(cluster, asked, now, UNIX_EPOCH + now, random)
+            assert isinstance(ruled, Serve)
+            assert (candidate.node, required) == (ruled.node, ruled.required)
+            assert ruled.lag_seconds == now - candidate.moment
+            assert (False, False, False) == (ruled.primary, ruled.ask, ruled.stale)
+            preference = read.preferred if preferred is None else preferred
+            if preference != candidate.node.name:
+                asked = replace(read, preferred=preference)
+                other = decide_wholly(cluster, asked, now, UNIX_EPOCH + now, random)
+                assert isinstance(other, Serve)
+                assert other.node.name != preference, "the preferred replica could serve"
 
     def required(self, read: Read) -> Position | None:
         system = self.world.core.cluster.system_id

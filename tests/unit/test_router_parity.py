@@ -13,6 +13,8 @@ from lsn_consistency._settings import RouterOptions, Settings
 
 WITHOUT_IO = {"emit", "settings", "snapshot"}
 ASYNC_IN_BOTH = {"lifespan"}
+BLOCKS = {"read", "write"}
+NODE = "host=127.0.0.1"
 
 
 def _public(router: type[Any]) -> dict[str, Any]:
@@ -71,8 +73,11 @@ def test_a_method_is_awaited_or_entered_in_the_same_way(name: str) -> None:
     elif name in ASYNC_IN_BOTH:
         assert inspect.isasyncgenfunction(inspect.unwrap(blocking))
         assert inspect.isasyncgenfunction(inspect.unwrap(awaited))
-    elif inspect.isgeneratorfunction(inspect.unwrap(blocking)):
-        assert inspect.isasyncgenfunction(inspect.unwrap(awaited))
+    elif name in BLOCKS:
+        block, awaited_block = blocking(Router(primary=NODE)), awaited(AsyncRouter(primary=NODE))
+        assert (True, False) == (hasattr(block, "__exit__"), hasattr(block, "__aexit__"))
+        expected = (False, True)
+        assert expected == (hasattr(awaited_block, "__exit__"), hasattr(awaited_block, "__aexit__"))
     else:
         assert not inspect.iscoroutinefunction(blocking)
         assert inspect.iscoroutinefunction(awaited)

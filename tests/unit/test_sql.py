@@ -267,6 +267,22 @@ def test_a_standby_that_was_promoted_is_asked_as_a_primary() -> None:
     )
 
 
+def test_a_primary_that_says_it_is_a_standby_is_another_server() -> None:
+    """What the connection leads to is identified anew; other refusals are failures."""
+    plan = observe("conn", IDENTITY, in_recovery=False)
+    next(plan)
+    failure = NodeFailure(ConnectionError("recovery is in progress"), state="55000")
+    assert Fetch("conn", _sql.IDENTIFY) == plan.throw(failure)
+    with pytest.raises(StopIteration) as done:
+        plan.send(_reply((*STANDBY.values(), "8", *TAIL[1:])))
+    observed: Observation = done.value.value
+    assert (8, True) == (observed.server.system_id, observed.in_recovery)
+    plan = observe("conn", IDENTITY, in_recovery=False)
+    next(plan)
+    with pytest.raises(NodeFailure):
+        plan.throw(NodeFailure(ConnectionError("permission denied"), state="42501"))
+
+
 @pytest.mark.parametrize("pooled", [True, False])
 def test_a_refused_statement_does_not_end_a_transaction_behind_a_pooler(pooled: bool) -> None:
     """A server known to refuse its functions is asked without them where that would cost more."""

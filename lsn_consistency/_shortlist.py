@@ -1,0 +1,103 @@
+"""
+The replicas that a warm decision chooses among, worked out once for each new observation.
+
+Most reads find a primary that answers, replicas on its timeline, and one of them caught up. For
+these everything but the read's position and the time is the same until something new is observed:
+who is a replica of this system, how far it has replayed, and until when its lag is within the
+bound. What is out of the ordinary is left to the whole decision, which a list without candidates
+asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+from lsn_consistency import _balance
+from lsn_consistency._nodes import Node
+from lsn_consistency._observation import Observation
+from lsn_consistency.route import Reason, Route
+
+ROUTE_SECONDS: Final = 0.005
+"""For how long one `Route` is given to all; its lag is that of the end of this time."""
+
+
+Routes = tuple[float, Route, Route]
+"""Until when both may be given, the one where a position was asked for, and the one where not."""
+
+
+class Candidate:
+    """
+    Hold a replica that has replayed up to ``lsn`` and shows what was there at ``moment``.
+
+    Its lag is within the router's bound up to ``until``; both are times of the monotonic clock.
+    """
+
+    __slots__ = ("lsn", "moment", "node", "routes", "seen", "until")
+
+    def __init__(
+        self, node: Node, seen: Observation, moment: float, max_lag_seconds: float
+    ) -> None:
+        self.node = node
+        self.seen = seen
+        self.lsn: int = -1 if seen.lsn is None else seen.lsn
+        self.moment = moment
+        self.until = moment + max_lag_seconds
+        self.routes = self._routes(-math.inf)
+
+    def serves(self, lsn: int, now: float) -> bool:
+        """
+        Tell whether a read that needs ``lsn`` may be served at ``now``.
+        """
+        return self.lsn >= lsn and now <= self.until
+
+    def renewed(self, now: float) -> Routes:
+        """
+        Keep and return routes for reads from ``now`` on.
+        """
+        routes = self.routes = self._routes(min(now + ROUTE_SECONDS, self.until))
+        return routes
+
+    def _routes(self, ends: float) -> Routes:
+        lag, name = ends - self.moment, self.node.name
+        return (
+            ends,
+            Route(name, "replica", Reason.CAUGHT_UP, 0.0, lag),
+            Route(name, "replica", Reason.WITHIN_LAG, 0.0, lag),
+        )
+
+
+class Shortlist:
+    """
+    Hold the candidates of one system and timeline.
+    """
+
+    __slots__ = ("_bounds", "_candidates", "by_name", "system_id", "timeline")
+
+    def __init__(self, system_id: int, timeline: int, candidates: Iterable[Candidate]) -> None:
+        self.system_id = system_id
+        self.timeline = timeline
+        self._candidates = tuple(candidates)
+        self._bounds = _balance.bounds(self._candidates)
+        self.by_name: Mapping[str | None, Candidate] = {
+            each.node.name: each for each in self._candidates
+        }
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+    def drawn(self, lsn: int, now: float, random: Callable[[], float]) -> Candidate | None:
+        """
+        Return one of the candidates that serve a read which needs ``lsn``; None without one.
+        """
+        if not self._candidates:
+            return None
+        first, second = _balance.two(self._candidates, self._bounds, random)
+        if not (first.serves(lsn, now) and second.serves(lsn, now)):
+            # Two that both serve are drawn as if there were no others.
+            serving = [each for each in self._candidates if each.serves(lsn, now)]
+            if not serving:
+                return None
+            first, second = _balance.two(serving, _balance.bounds(serving), random)
+        return _balance.less_loaded(first, second)
