@@ -73,12 +73,12 @@ class Cluster:
                 return []
             seen = node.completed(seen)
             events = self._changes(node, seen)
+            known = node.newest
             node.take(seen)
             if before is not None:
                 self.timelines.watch(node.completed(before), seen)
             timeline = self.timeline
-            self._elect()
-            self.shortlist = None
+            self._follow(node, known, seen, sample=sample)
             released = node.waiting.release(seen)
             if node is self.primary and not seen.in_recovery:
                 if sample:
@@ -92,6 +92,24 @@ class Cluster:
         for waiter in released:
             waiter.wake()
         return events
+
+    def _follow(
+        self, node: Node, known: Observation | None, seen: Observation, *, sample: bool
+    ) -> None:
+        # Most observations only tell how far a server has come. That elects nobody, and changes at
+        # most the node's own place in the shortlist; a sample of the primary, every node's.
+        if known is None or not seen.is_of_same_state(known):
+            self._elect()
+            self.shortlist = None
+        elif seen.in_recovery:
+            if self.shortlist is not None:
+                moment = self.samples.moment_of(seen)
+                self.shortlist = self.shortlist.with_observed(node, seen, moment)
+        else:
+            if node is self.primary:
+                self.timelines.lead(seen)
+            if sample:
+                self.shortlist = None
 
     def completed(self, name: str, seen: Observation) -> Observation:
         """
@@ -231,7 +249,10 @@ class Cluster:
         if known is None:
             with self.lock:
                 known = self.shortlist = Shortlist(
-                    self.system_id or 0, self.timeline, self._candidates()
+                    self.system_id or 0,
+                    self.timeline,
+                    self._candidates(),
+                    self.settings.max_lag_seconds,
                 )
         return known
 

@@ -50,11 +50,27 @@ def patience_with_primary(core: Core, primary: Node) -> Plan[float | None]:
     return core.settings.connect_timeout
 
 
-def look(core: Core, read: Read | None, serve: Serve, conn: Any) -> Plan[tuple[Facts, Observation]]:
+def ready(core: Core, read: Read, serve: Serve, conn: Any) -> tuple[Facts, Observation] | None:
+    """
+    Return what is known of a connection that may serve a read as it is; None asks for a `look`.
+    """
+    facts = core.facts_of(conn)
+    if facts is None:
+        return None
+    known = core.usable(facts, core.clock())
+    if known is None or not _is_read_only(core, conn, facts, in_recovery=known.in_recovery):
+        return None
+    return (facts, known) if core.admits(read, serve, known) else None
+
+
+def look(
+    core: Core, read: Read | None, serve: Serve, conn: Any
+) -> Plan[tuple[Facts, Observation, bool]]:
     """
     Return an observation of the server behind a connection, made after the connection was opened.
 
-    A known one does if it already lets ``serve`` go on; ``read`` is None for a write.
+    A known one does if it already lets ``serve`` go on, which the third value says; ``read`` is
+    None for a write.
     """
     name = serve.node.name
     facts = core.facts_of(conn)
@@ -63,15 +79,15 @@ def look(core: Core, read: Read | None, serve: Serve, conn: Any) -> Plan[tuple[F
         facts = core.met(name, conn, identity, seen)
         seen = core.cluster.completed(name, seen)
         if not facts.pooled or read is None:
-            return facts, seen
+            return facts, seen, False
     if facts.pooled and read is not None:
         yield from begin(conn, facts)
     known = core.usable(facts, core.clock())
     if known is not None:
         good = core.cluster.is_primary(known) if read is None else core.admits(read, serve, known)
         if good:
-            return facts, known
-    return facts, (yield from look_through(core, conn, facts))
+            return facts, known, True
+    return facts, (yield from look_through(core, conn, facts)), False
 
 
 def look_through(core: Core, conn: Any, facts: Facts) -> Plan[Observation]:
@@ -87,17 +103,22 @@ def make_read_only(core: Core, conn: Any, facts: Facts, *, in_recovery: bool) ->
     """
     Let nothing be written in the read's transactions; True if that took a round trip.
     """
-    if facts.pooled:
-        # The transaction that the check opened is read-only already.
+    # Behind a pooler the transaction that the check opened is read-only already.
+    if facts.pooled or _is_read_only(core, conn, facts, in_recovery=in_recovery):
         return False
-    if not conn.autocommit:
-        yield from _change_to_read_only(conn, facts)
-    elif not facts.read_only and not (in_recovery and core.is_given(facts.node)):
-        # A standby is read-only by itself: a given pool's connection need not be changed and back.
+    if conn.autocommit:
         yield Fetch(conn, _sql.READ_ONLY)
         facts.read_only = True
         return True
+    yield from _change_to_read_only(conn, facts)
     return False
+
+
+def _is_read_only(core: Core, conn: Any, facts: Facts, *, in_recovery: bool) -> bool:
+    if not conn.autocommit:
+        return facts.changed and conn.read_only is True
+    # A standby is read-only by itself: a given pool's connection need not be changed and back.
+    return facts.read_only or (in_recovery and core.is_given(facts.node))
 
 
 def begin(conn: Any, facts: Facts) -> Plan[None]:
@@ -129,14 +150,13 @@ def make_writable(conn: Any, facts: Facts) -> Plan[None]:
         facts.read_only = False
 
 
-def hand_back(core: Core, name: str, conn: Any) -> Plan[None]:
+def hand_back(core: Core, name: str, conn: Any, facts: Facts | None) -> Return:
     """
-    Give back a connection that may not have its own settings any more.
+    Return the step that gives back a connection which may not have its own settings any more.
     """
-    facts = core.facts_of(conn)
     # Its owner must not get it with the settings of a read.
     left = facts is not None and (facts.changed or facts.read_only)
-    yield Return(name, conn, discard=left and core.is_given(name) and not conn.closed)
+    return Return(name, conn, discard=left and core.is_given(name) and not conn.closed)
 
 
 def refuse(core: Core, name: str, conn: Any, facts: Facts, *, discard: bool) -> Plan[None]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,7 @@ SameSite = Literal["lax", "strict", "none"]
 _SUFFIX_BYTES = 9
 """Bytes of the content's digest in a cookie's name: 12 URL-safe characters."""
 
+_BLANKS = " \t"
 # RFC 9110, section 5.6.2: what a header's or a cookie's name may consist of.
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 # RFC 6265, section 4.1.1: any character but control characters and the semicolon.
@@ -42,7 +43,7 @@ class TokenCookies:
     Raises `ConfigurationError` for names and attributes that no browser would keep.
     """
 
-    __slots__ = ("_attributes", "_https_only", "_max_age", "_name", "_needle", "_pattern")
+    __slots__ = ("_https_only", "_insecure", "_name", "_pattern", "_secure")
 
     def __init__(
         self,
@@ -55,13 +56,13 @@ class TokenCookies:
         https_only: bool | None,
     ) -> None:
         self._name = check_name("cookie_name", name)
-        self._needle = name.encode("ascii")
         # A suffix is taken only as it is written, because deleting the cookie repeats its name.
         self._pattern = re.compile(
-            rb"(?:^|;)[ \t]*(%b(?:-[A-Za-z0-9_-]{1,64})?)=([^;]*)" % re.escape(self._needle)
+            rf"({re.escape(name)}(?:-[A-Za-z0-9_-]{{1,64}})?)=[ \t]*(.*)", re.DOTALL
         )
-        self._max_age = math.ceil(max_age)
-        self._attributes = _attributes(path, domain, same_site)
+        attributes = _attributes(path, domain, same_site)
+        self._insecure = _endings(max_age, attributes)
+        self._secure = _endings(max_age, f"{attributes}; Secure")
         # Browsers drop SameSite=None cookies that are not Secure.
         self._https_only = True if https_only is None and same_site == "none" else https_only
         if self._https_only is False and same_site == "none":
@@ -70,28 +71,37 @@ class TokenCookies:
                 "https_only out or set it to True"
             )
 
-    def find(self, header_value: bytes) -> Iterator[tuple[str, str]]:
+    def find(self, header_value: bytes, limit: int) -> list[tuple[str, str]]:
         """
-        Yield name and value of each token cookie in the value of a ``Cookie`` header.
+        Return name and value of the first ``limit`` token cookies of a ``Cookie`` header.
         """
-        if self._needle in header_value:
-            for found in self._pattern.finditer(header_value):
-                yield found[1].decode("latin-1"), found[2].strip().decode("latin-1")
+        found: list[tuple[str, str]] = []
+        cookies = header_value.decode("latin-1")
+        if self._name not in cookies:
+            return found
+        for cookie in cookies.split(";"):
+            if match := self._pattern.match(cookie.strip(_BLANKS)):
+                found.append((match[1], match[2]))
+                if len(found) == limit:
+                    break
+        return found
 
     def headers(
         self, text: str | None, replaced: Iterable[str], *, https: bool
-    ) -> Iterator[tuple[bytes, bytes]]:
+    ) -> list[tuple[bytes, bytes]]:
         """
-        Yield the headers that delete the cookies ``replaced`` and store ``text`` under a new name.
+        Return the headers that delete the cookies ``replaced`` and store ``text`` under a new name.
         """
         secure = https if self._https_only is None else self._https_only
-        attributes = f"{self._attributes}; Secure" if secure else self._attributes
+        stored, deleted = self._secure if secure else self._insecure
         written = None if text is None else f"{self._name}-{_digest(text)}"
+        lines: list[tuple[bytes, bytes]] = []
         for name in dict.fromkeys(replaced):
             if name != written:
-                yield _set_cookie(f"{name}=; Max-Age=0{attributes}")
+                lines.append((b"set-cookie", (name + deleted).encode("ascii")))
         if written is not None:
-            yield _set_cookie(f"{written}={text}; Max-Age={self._max_age}{attributes}")
+            lines.append((b"set-cookie", f"{written}={text}{stored}".encode("ascii")))
+        return lines
 
 
 def check_name(option: str, name: Any) -> str:
@@ -111,6 +121,13 @@ def _digest(text: str) -> str:
     return urlsafe_b64encode(blake2b(content, digest_size=_SUFFIX_BYTES).digest()).decode("ascii")
 
 
+def _endings(max_age: float, attributes: str) -> tuple[str, str]:
+    """
+    Return what follows the value of a cookie that is stored, and the name of one that is deleted.
+    """
+    return f"; Max-Age={math.ceil(max_age)}{attributes}", f"=; Max-Age=0{attributes}"
+
+
 def _attributes(path: str, domain: str | None, same_site: SameSite) -> str:
     if not _is_attribute(path) or not path.startswith("/"):
         raise ConfigurationError(f'path takes a cookie path such as "/" or "/shop", not {path!r}')
@@ -124,7 +141,3 @@ def _attributes(path: str, domain: str | None, same_site: SameSite) -> str:
 
 def _is_attribute(value: object) -> bool:
     return isinstance(value, str) and _ATTRIBUTE.fullmatch(value) is not None
-
-
-def _set_cookie(value: str) -> tuple[bytes, bytes]:
-    return b"set-cookie", value.encode("ascii")

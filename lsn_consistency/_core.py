@@ -80,6 +80,9 @@ class Core:
         listens: bool = True,
     ) -> None:
         self.settings = settings
+        self.poll_seconds = min(settings.poll_interval, settings.max_lag_seconds / 4)
+        """The time between probes of an idle node: a bound needs samples well below it."""
+        self._overdue_seconds = self.poll_seconds + OVERDUE_SECONDS
         self._given = frozenset(given)
         self._pool_timeouts = pool_timeouts or {}
         self.cluster = Cluster(names, settings)
@@ -171,13 +174,14 @@ class Core:
         """
         if facts.pooled:
             return None
-        seen = self.cluster.nodes[facts.node].observed(facts.identity.server)
+        node = self.cluster.nodes[facts.node]
+        seen = node.observed(facts.identity.server)
         if seen is None or seen.sent_at < facts.opened_at:
             return None
-        if facts.answered_at <= self.cluster.nodes[facts.node].failed_at:
+        if facts.answered_at <= node.failed_at:
             # Its node is well again, which says nothing of a connection from before the failure.
             return None
-        fresh = now - seen.received_at <= self.poll_seconds + OVERDUE_SECONDS
+        fresh = now - seen.received_at <= self._overdue_seconds
         return seen if fresh else None
 
     def may_recycle(self, seen: Observation) -> bool:
@@ -198,13 +202,6 @@ class Core:
         Tell whether a server is behind by more than what a moment's lag could be.
         """
         return self.cluster.lag_seconds(seen, self.clock()) > self.settings.max_lag_seconds / 2
-
-    @property
-    def poll_seconds(self) -> float:
-        """
-        Return the time between probes of an idle node: a bound needs samples well below it.
-        """
-        return min(self.settings.poll_interval, self.settings.max_lag_seconds / 4)
 
     # Decisions
 
@@ -264,7 +261,7 @@ class Core:
         Remember in the session where a read goes, and tell the hook.
         """
         session.last_route = route
-        if not route.is_primary:
+        if route.role == "replica":
             session.node = route.name
         if self._listens:
             self.emit(ReadRouted(route))

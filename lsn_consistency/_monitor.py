@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from lsn_consistency import _wire
 from lsn_consistency._core import Core
-from lsn_consistency._nodes import FIRST_RETRY_SECONDS
+from lsn_consistency._nodes import FIRST_RETRY_SECONDS, MANY_READS
 from lsn_consistency._observation import Observation
 from lsn_consistency._replay_wait import ReplayWait
 from lsn_consistency._replication import TimelineSource
@@ -29,6 +29,9 @@ from lsn_consistency._steps import identify, observe
 
 WAITING_POLL_SECONDS: Final = 0.004
 """Time between probes while a read waits for this node to reach its position."""
+
+GATHER_SECONDS: Final = 0.002
+"""Time between probes while reads that have ended wait for one and many more are in flight."""
 
 _logger = logging.getLogger("lsn_consistency")
 _LONG_AGO: Final = float("-inf")
@@ -59,6 +62,7 @@ class Monitor:
         self._replay = ReplayWait(connect, core, self._suspect)
         self._awake = asyncio.Event()
         self._probed_at = _LONG_AGO
+        self._pause_ends = _LONG_AGO
         self._patience = FIRST_PATIENCE_SECONDS
         self._leaves_at: float | None = None
 
@@ -66,7 +70,8 @@ class Monitor:
         """
         Look again when the next probe is due. Call it on the monitor's loop.
         """
-        self._awake.set()
+        if self._probed_at + self._interval() < self._pause_ends:
+            self._awake.set()
 
     async def run(self) -> None:
         """
@@ -84,8 +89,9 @@ class Monitor:
     async def _pause(self) -> None:
         loop = asyncio.get_running_loop()
         while (left := self._probed_at + self._interval() - self._core.clock()) > 0:
+            self._pause_ends = self._core.clock() + left
             self._awake.clear()
-            socket = self._watch()
+            socket = self._watch(left)
             try:
                 async with asyncio.timeout(left):
                     await self._awake.wait()
@@ -99,14 +105,16 @@ class Monitor:
         retry = self._node.retry_seconds(self._core.poll_seconds, random.random())
         if self._node.waiting:
             # Who asks for this node does not wait for a back-off, but a dead node is not hammered.
-            return min(retry, FIRST_RETRY_SECONDS) if self._node.failures else 0.0
+            if self._node.failures:
+                return min(retry, FIRST_RETRY_SECONDS)
+            return GATHER_SECONDS if self._node.in_flight >= MANY_READS else 0.0
         if not self._node.failures and self._core.cluster.awaits_position(self._node):
             return retry if self._replay.covers(self._seen) else WAITING_POLL_SECONDS
         return retry
 
-    def _watch(self) -> int | None:
+    def _watch(self, seconds: float) -> int | None:
         # The socket of an idle connection is readable when the server has closed it.
-        if self._conn is None:
+        if self._conn is None or seconds <= WAITING_POLL_SECONDS:
             return None
         socket: int = self._conn.pgconn.socket
         asyncio.get_running_loop().add_reader(socket, self._suspect)

@@ -17,6 +17,9 @@ from lsn_consistency.route import Role
 
 MAX_SERVERS_PER_NODE: Final = 16
 SERVER_MEMORY_SECONDS: Final = 60.0
+MANY_READS: Final = 4
+"""With so many reads in flight on a node, those that end together share the monitor's probe."""
+
 FIRST_RETRY_SECONDS: Final = 0.05
 MAX_RETRY_SECONDS: Final = 5.0
 
@@ -75,6 +78,9 @@ class Node:
         """
         Return the newest observation of exactly this server, started when it was started.
         """
+        seen = self.newest
+        if seen is not None and seen.server == server:
+            return seen
         seen = self.servers.get(server.place)
         return seen if seen is not None and seen.server == server else None
 

@@ -84,6 +84,16 @@ class Observation:
         """
         return self._at(self.bound)
 
+    def is_of_same_state(self, known: Observation) -> bool:
+        """
+        Tell whether the same server was in the same role and on the same timeline before.
+        """
+        return (
+            self.server == known.server
+            and self.in_recovery == known.in_recovery
+            and self.timeline == known.timeline
+        )
+
     def reaches(self, required: Position) -> bool | None:
         """
         Tell whether everything up to ``required`` is visible here: yes, no, or None for unknown.

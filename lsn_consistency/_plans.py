@@ -21,11 +21,13 @@ from lsn_consistency._connections import (
     look_through,
     make_read_only,
     meet,
+    ready,
     refuse,
     report,
     restore,
 )
 from lsn_consistency._core import Core, Facts
+from lsn_consistency._nodes import MANY_READS
 from lsn_consistency._observation import Observation
 from lsn_consistency._positions import advance_past_primary, advance_past_read, or_pinned, pin
 from lsn_consistency._steps import (
@@ -37,7 +39,7 @@ from lsn_consistency._steps import (
     Plan,
     observe,
 )
-from lsn_consistency._verdicts import Fail, Lost, Read, Refresh, Serve, Wait
+from lsn_consistency._verdicts import Fail, Lost, Read, Refresh, Serve, Verdict, Wait
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.events import FallbackLimited, LostWrite, ReadRouted
 from lsn_consistency.exceptions import (
@@ -132,7 +134,9 @@ def open_read(core: Core, session: Session, read: Read) -> Plan[Lease]:
     """
     attempts = MAX_ATTEMPTS + MAX_REFUSALS * len(core.cluster.nodes)
     for _ in range(attempts):
-        verdict = yield from _verdict(core, read)
+        verdict = core.decide(read)
+        if not isinstance(verdict, Serve):
+            verdict = yield from _served(core, read, verdict)
         lease = yield from take(core, read, verdict)
         if lease is not None:
             core.note(session, lease.route)
@@ -150,12 +154,11 @@ def choose(core: Core, session: Session, read: Read) -> Plan[Route]:
     """
     Decide where a read goes without taking a connection.
     """
-    verdict = yield from _verdict(core, read)
+    verdict = yield from _served(core, read, core.decide(read))
     while verdict.ask:
         # Only a connection could tell, and a choice opens none.
-        read.refusals[verdict.node.name] += MAX_REFUSALS
-        read.refused.add(verdict.node.name)
-        verdict = yield from _verdict(core, read)
+        read.refuse(verdict.node.name, MAX_REFUSALS)
+        verdict = yield from _served(core, read, core.decide(read))
     route = _route(read, verdict)
     if route.reason is Reason.LAG_EXCEEDED:
         core.warn_lag_exceeded(read)
@@ -215,7 +218,7 @@ def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lea
                 yield from begin(conn, facts)
             yield from make_read_only(core, conn, facts, in_recovery=False)
         except BaseException:
-            yield from hand_back(core, name, conn)
+            yield hand_back(core, name, conn, core.facts_of(conn))
             raise
     except NodeFailure as failure:
         core.cluster.leave(node, fallback=False)
@@ -256,16 +259,19 @@ def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool)
     """
     if lease.level.advances_on_reads or lease.route.reason is Reason.TIMELINE_CHANGED:
         yield from or_pinned(core, session, _close_read(core, session, lease, interrupted))
-    else:
+    elif core.is_given(lease.node):
         yield from _give_back(core, lease, asks=False)
+    else:
+        core.cluster.leave(core.cluster.nodes[lease.node], fallback=lease.fallback)
+        yield hand_back(core, lease.node, lease.conn, lease.facts)
 
 
 def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:
     node = core.cluster.nodes[lease.node]
     started = core.clock()
-    # Reads that end together share one probe; one that is alone asks on its own connection. Behind
-    # a pooler neither reaches the same server for certain.
-    shares = node.in_flight > 1 and not node.hides_servers
+    # Of many reads those that end together share one probe; few ask on their own connections,
+    # which takes less time. Behind a pooler neither reaches the same server for certain.
+    shares = node.in_flight >= MANY_READS and not node.hides_servers
     asks = not (interrupted or shares or lease.facts.pooled)
     seen = yield from _give_back(core, lease, asks=asks)
     if lease.seen is not None:
@@ -286,12 +292,13 @@ def _give_back(core: Core, lease: Lease, *, asks: bool) -> Plan[Observation | No
     try:
         if asks:
             seen = yield from look_through(core, lease.conn, lease.facts)
-        yield from restore(core, lease.conn, lease.facts)
+        if core.is_given(lease.node):
+            yield from restore(core, lease.conn, lease.facts)
     except NodeFailure as failure:
         report(core, lease.node, failure)
     finally:
         core.cluster.leave(core.cluster.nodes[lease.node], fallback=lease.fallback)
-        yield from hand_back(core, lease.node, lease.conn)
+        yield hand_back(core, lease.node, lease.conn, lease.facts)
     return seen
 
 
@@ -309,7 +316,7 @@ def take(core: Core, read: Read, serve: Serve) -> Plan[Lease | None]:
         core.cluster.leave(serve.node, fallback=fallback)
         report(core, serve.node.name, failure)
         if not serve.primary:
-            read.excluded.add(serve.node.name)
+            read.excluded = read.excluded | {serve.node.name}
         elif serve.node is core.cluster.primary:
             if not failure.down and serve.node.newest is not None:
                 # A full pool does not make the primary unreachable.
@@ -360,32 +367,30 @@ def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts, Obs
         else:
             conn = yield Checkout(name, core.settings.connect_timeout, READY_SECONDS)
         try:
-            facts, seen = yield from look(core, read, serve, conn)
-            if core.admits(read, serve, seen):
+            if known := ready(core, read, serve, conn):
+                return conn, *known
+            facts, seen, admitted = yield from look(core, read, serve, conn)
+            if admitted or core.admits(read, serve, seen):
                 recovery = seen.in_recovery
                 asked = yield from make_read_only(core, conn, facts, in_recovery=recovery)
                 # Meanwhile the lag has grown.
                 if not asked or core.admits(read, serve, seen):
                     return conn, facts, seen
         except BaseException:
-            yield from hand_back(core, name, conn)
+            yield hand_back(core, name, conn, core.facts_of(conn))
             raise
         hides = serve.node.hides_servers
         discard = hides and core.may_recycle(seen)
         yield from refuse(core, name, conn, facts, discard=discard)
         if not hides:
             break
-    read.refused.add(name)
-    read.refusals[name] += 1
+    read.refuse(name)
     return None
 
 
-def _verdict(core: Core, read: Read) -> Plan[Serve]:
+def _served(core: Core, read: Read, verdict: Verdict) -> Plan[Serve]:
     # The loop ends: there is one refresh a read, and waits end with their time.
-    while True:
-        verdict = core.decide(read)
-        if isinstance(verdict, Serve):
-            return verdict
+    while not isinstance(verdict, Serve):
         if isinstance(verdict, Fail):
             raise verdict.error from read.primary_error
         if isinstance(verdict, Refresh):
@@ -394,6 +399,8 @@ def _verdict(core: Core, read: Read) -> Plan[Serve]:
             yield from look_again(core, verdict.names)
         else:
             yield from _await(core, read, verdict)
+        verdict = core.decide(read)
+    return verdict
 
 
 def _await(core: Core, read: Read, verdict: Wait) -> Plan[None]:
@@ -409,7 +416,7 @@ def _await(core: Core, read: Read, verdict: Wait) -> Plan[None]:
     read.waited_seconds = now - read.waiting_since
     read.waited = now >= ends
     # Another server of an endpoint may be reached now, or the same one may have caught up.
-    read.refused = {name for name in read.refused if read.refusals[name] >= MAX_REFUSALS}
+    read.readmit(MAX_REFUSALS)
 
 
 def _replicas(core: Core) -> tuple[str, ...]:

@@ -26,14 +26,21 @@ def advance_to(core: Core, session: Session, seen: Observation, held: Token) -> 
         return False
     before = held.get(position.system_id)
     if before is None or not core.cluster.is_primary(seen):
-        session.advance(Token([position]))
+        _advance(session, position)
         return True
     if lost := lost_position(core.cluster, before, position):
         core.emit(LostWrite(lost.position, lost.timeline, lost.switch_point))
         session.reissue(before, position)
     else:
-        session.advance(Token([position]))
+        _advance(session, position)
     return True
+
+
+def _advance(session: Session, position: Position) -> None:
+    # On a quiet cluster reads see the same position again and again.
+    held = session.token.get(position.system_id)
+    if held is None or position > held:
+        session.advance(Token([position]))
 
 
 def _own_position(core: Core, seen: Observation, lsn: Lsn | None, held: Token) -> Position | None:

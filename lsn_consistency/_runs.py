@@ -101,7 +101,7 @@ def _outcome(ended: Ended) -> Any:
 
 
 def _open(core: Core, session: Session, read: Read, attempts: _Attempts) -> Plan[Lease]:
-    read.excluded |= attempts.tried
+    read.excluded = read.excluded | attempts.tried
     level = read.level
     if attempts.to_primary:
         read.level = Consistency.STRONG

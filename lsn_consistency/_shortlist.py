@@ -27,6 +27,10 @@ Routes = tuple[float, Route, Route]
 """Until when both may be given, the one where a position was asked for, and the one where not."""
 
 
+_NOWHERE: Final = Route("", "replica", Reason.WITHIN_LAG)
+_NO_ROUTES: Final[Routes] = (-math.inf, _NOWHERE, _NOWHERE)
+
+
 class Candidate:
     """
     Hold a replica that has replayed up to ``lsn`` and shows what was there at ``moment``.
@@ -44,7 +48,7 @@ class Candidate:
         self.lsn: int = -1 if seen.lsn is None else seen.lsn
         self.moment = moment
         self.until = moment + max_lag_seconds
-        self.routes = self._routes(-math.inf)
+        self.routes = _NO_ROUTES
 
     def serves(self, lsn: int, now: float) -> bool:
         """
@@ -56,16 +60,14 @@ class Candidate:
         """
         Keep and return routes for reads from ``now`` on.
         """
-        routes = self.routes = self._routes(min(now + ROUTE_SECONDS, self.until))
-        return routes
-
-    def _routes(self, ends: float) -> Routes:
+        ends = min(now + ROUTE_SECONDS, self.until)
         lag, name = ends - self.moment, self.node.name
-        return (
+        self.routes = (
             ends,
             Route(name, "replica", Reason.CAUGHT_UP, 0.0, lag),
             Route(name, "replica", Reason.WITHIN_LAG, 0.0, lag),
         )
+        return self.routes
 
 
 class Shortlist:
@@ -73,16 +75,35 @@ class Shortlist:
     Hold the candidates of one system and timeline.
     """
 
-    __slots__ = ("_bounds", "_candidates", "by_name", "system_id", "timeline")
+    __slots__ = ("_bounds", "_candidates", "_max_lag_seconds", "by_name", "system_id", "timeline")
 
-    def __init__(self, system_id: int, timeline: int, candidates: Iterable[Candidate]) -> None:
+    def __init__(
+        self,
+        system_id: int,
+        timeline: int,
+        candidates: Iterable[Candidate],
+        max_lag_seconds: float,
+    ) -> None:
         self.system_id = system_id
         self.timeline = timeline
-        self._candidates = tuple(candidates)
+        self._max_lag_seconds = max_lag_seconds
+        self.by_name: Mapping[str | None, Candidate] = {each.node.name: each for each in candidates}
+        self._candidates = tuple(self.by_name.values())
         self._bounds = _balance.bounds(self._candidates)
-        self.by_name: Mapping[str | None, Candidate] = {
-            each.node.name: each for each in self._candidates
-        }
+
+    def with_observed(self, node: Node, seen: Observation, moment: float) -> Shortlist:
+        """
+        Return the list after a candidate was observed anew in the state that it was in.
+        """
+        if node.name not in self.by_name:
+            return self
+        newer = Candidate(node, seen, moment, self._max_lag_seconds)
+        changed = object.__new__(Shortlist)
+        changed.system_id, changed.timeline = self.system_id, self.timeline
+        changed._max_lag_seconds, changed._bounds = self._max_lag_seconds, self._bounds
+        changed.by_name = {**self.by_name, node.name: newer}
+        changed._candidates = tuple(changed.by_name.values())
+        return changed
 
     def __len__(self) -> int:
         return len(self._candidates)

@@ -5,8 +5,8 @@ What the decision is asked, and what it answers: plain data.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Set
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from lsn_consistency._nodes import Node
@@ -46,9 +46,9 @@ class Read:
     wait_seconds: float
     began: float = math.inf
     preferred: str | None = None
-    excluded: set[str] = field(default_factory=set)
-    refused: set[str] = field(default_factory=set)
-    refusals: Counter[str] = field(default_factory=Counter)
+    excluded: Set[str] = frozenset()
+    refused: Set[str] = frozenset()
+    refusals: tuple[str, ...] = ()
     waiting_since: float | None = None
     waited: bool = False
     waited_seconds: float = 0.0
@@ -63,6 +63,19 @@ class Read:
         """
         tried = self.excluded or self.refused or self.refreshed or self.compared
         return not tried and self.waiting_since is None and self.primary_error is None
+
+    def refuse(self, name: str, times: int = 1) -> None:
+        """
+        Leave out a node whose connections that were tried could not serve.
+        """
+        self.refused = self.refused | {name}
+        self.refusals += (name,) * times
+
+    def readmit(self, limit: int) -> None:
+        """
+        Let nodes that were refused less than ``limit`` times be tried again.
+        """
+        self.refused = {name for name in self.refused if self.refusals.count(name) >= limit}
 
 
 class Serve(NamedTuple):

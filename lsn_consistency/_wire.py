@@ -69,10 +69,11 @@ async def fetch_async(step: Fetch, timeout: float) -> Reply:
     pgconn = _usable(step.conn)
     rows: list[Row] = [()]
     sent_at = monotonic()
+    loop = asyncio.get_running_loop()
+    ends = loop.time() + timeout
     try:
-        async with asyncio.timeout(timeout):
-            for need in _exchange(pgconn, step, rows):
-                await _ready(pgconn.socket, need)
+        for need in _exchange(pgconn, step, rows):
+            await _ready(loop, pgconn.socket, need, ends)
     except BaseException as error:
         raise _failure(pgconn, error, timeout) from None
     return Reply(rows[-1], pgconn.backend_pid, sent_at, monotonic())
@@ -222,8 +223,8 @@ def _exchange(pgconn: Any, step: Fetch, rows: list[Row]) -> Iterator[Need]:
 
 
 def _text(result: Any) -> Row:
-    values = (result.get_value(0, column) for column in range(result.nfields))
-    return tuple(None if value is None else value.decode("utf-8", "replace") for value in values)
+    values = [result.get_value(0, column) for column in range(result.nfields)]
+    return [None if value is None else value.decode("utf-8", "replace") for value in values]
 
 
 def _refusal(result: Any) -> RefusedError:
@@ -240,21 +241,27 @@ def _wait(number: int, need: Need, seconds: float) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
-async def _ready(number: int, need: Need) -> None:
-    loop = asyncio.get_running_loop()
+async def _ready(loop: asyncio.AbstractEventLoop, number: int, need: Need, ends: float) -> None:
     ready: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
     add, remove = (
         (loop.add_reader, loop.remove_reader)
         if need == "read"
         else (loop.add_writer, loop.remove_writer)
     )
-    add(number, wake)
+    timer = loop.call_at(ends, _expire, ready)
+    add(number, _wake, ready)
     try:
         await ready
     finally:
         remove(number)
+        timer.cancel()
+
+
+def _wake(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+def _expire(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_exception(TimeoutError())

@@ -67,7 +67,7 @@ def open_write(core: Core, session: Session) -> Plan[Lease]:
         try:
             conn = yield from checkout_of_primary(core, primary)
             try:
-                facts, seen = yield from look(core, None, serve, conn)
+                facts, seen, _ = yield from look(core, None, serve, conn)
                 if cluster.is_primary(seen) and (seen.timeline or 0) >= named:
                     yield from make_writable(conn, facts)
                     route = Route(primary.name, "primary", Reason.PRIMARY_REQUIRED)

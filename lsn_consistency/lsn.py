@@ -67,7 +67,8 @@ class Lsn(int):
         if match is None:
             raise InvalidLsnError(text)
         high, low = match.groups()
-        return cls(int(high, 16) << 32 | int(low, 16))
+        # Eight digits at most on either side: the number is in range.
+        return super().__new__(cls, int(high, 16) << 32 | int(low, 16))
 
     def __str__(self) -> str:
         return f"{self >> 32:X}/{self & _MAX_UINT32:X}"

@@ -13,9 +13,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from starlette.concurrency import run_in_threadpool
@@ -47,6 +46,9 @@ _STARTS = frozenset({"http.response.start", "websocket.accept", "websocket.http.
 _EMPTY = Token()
 
 _Headers: TypeAlias = list[tuple[bytes, bytes]]
+_Found: TypeAlias = tuple[str | None, str]
+"""A token's text, and the name of its cookie or None for a header."""
+_Finder: TypeAlias = Callable[[bytes, int], Sequence[_Found]]
 
 
 class SettingsLike(Protocol):
@@ -155,7 +157,7 @@ class ConsistencyMiddleware:
         self._header_name = header_name or DEFAULT_HEADER_NAME
         carriers = (cookie_name and "Cookie", header_name)
         self._vary = [carrier for carrier in carriers if carrier]
-        self._request_headers = frozenset(name.lower().encode("ascii") for name in self._vary)
+        self._finders = _finders(self._header, self._cookies)
         self._write_methods = _methods(write_methods)
         if on_bad_token not in ("ignore", "primary"):
             raise ConfigurationError(
@@ -171,83 +173,82 @@ class ConsistencyMiddleware:
             await self.app(scope, receive, send)
             return
         session = self._open(scope)
-        started = False
 
-        async def send_with_token(message: Message) -> None:
-            nonlocal started
-            if not started and message["type"] in _STARTS:
-                started = True
-                message = await self._start(message, scope, session)
-            await send(message)
+        def send_with_token(message: Message) -> Awaitable[None]:
+            # Not a coroutine function: what goes on to the server costs one call.
+            if session.started or message["type"] not in _STARTS:
+                return send(message)
+            session.started = True
+            if scope["type"] == "http":
+                if not session.wrote and scope["method"] in self._write_methods:
+                    return self._capture_and_send(message, scope, session, send)
+                # Set before the token is read: a thread that advances the session meanwhile may be
+                # reported although its position is sent, but never the other way round.
+                session.on_advance = self._not_sent
+            return send(self._with_token(message, scope, session))
 
         try:
             with session:
                 await self.app(scope, receive, send_with_token)
         except FallbackLimitError as error:
-            if started or scope["type"] != "http":
+            if session.started or scope["type"] != "http":
                 raise
             for message in _refusal(error):
                 await send_with_token(message)
         finally:
-            if not started and session.outgoing is not session.incoming:
+            if not session.started and session.outgoing is not session.incoming:
                 self._not_sent(session.outgoing)
 
     def _open(self, scope: Scope) -> _RequestSession:
         """
         Return the session of a request, with every token that verifies merged into it.
         """
-        session = _RequestSession(codec=self._codec, header_name=self._header_name)
-        lines = [line for line in scope["headers"] if line[0] in self._request_headers]
-        found = list(islice(self._found(lines), MAX_TOKENS + 1)) if lines else []
+        session = _RequestSession(self._codec, self._header_name)
+        found: list[_Found] = []
+        finders = self._finders
+        for name, value in scope["headers"]:
+            if name in finders and len(found) <= MAX_TOKENS:
+                found += finders[name](value, MAX_TOKENS + 1)
         if found:
             self._admit(session, found)
         return session
 
-    def _found(self, lines: _Headers) -> Iterator[tuple[str | None, str]]:
-        """
-        Yield the token texts of a request, each with the name of its cookie or None for a header.
-        """
-        for name, value in lines:
-            if name != b"cookie":
-                for text in value.decode("latin-1").split(","):
-                    if text := text.strip():
-                        yield None, text
-            elif self._cookies is not None:
-                yield from self._cookies.find(value)
-
-    def _admit(self, session: _RequestSession, found: list[tuple[str | None, str]]) -> None:
-        token, pinned = _EMPTY, len(found) > MAX_TOKENS
+    def _admit(self, session: _RequestSession, found: list[_Found]) -> None:
+        pinned = len(found) > MAX_TOKENS
         if pinned:
             # A valid token may be among those not looked at. For as long as the pin lasts the
             # primary serves; after it, no replica lags far enough to miss what was written before.
-            self._reject(MalformedTokenError(f"more than {MAX_TOKENS} tokens"), found.pop()[0])
+            self._reject(
+                MalformedTokenError(f"more than {MAX_TOKENS} tokens"), found[MAX_TOKENS][0]
+            )
+            del found[MAX_TOKENS:]
+        token = _EMPTY
         for cookie_name, text in found:
             try:
                 token = token.merge(self._codec.decode(text)) if text else token
             except TokenError as error:
                 self._reject(error, cookie_name)
                 pinned = pinned or self._pins_bad
-        session.admit(token)
-        session.cookie_names = [name for name, _ in found if name is not None]
-        session.crowded = len(found) >= COMPACT_AT
+        session.admit(token, found)
         if pinned:
             session.pin_unsent(time.time() + self._router.settings.pin_seconds)
 
     def _reject(self, error: TokenError, cookie_name: str | None) -> None:
         self._router.emit(TokenRejected(error, "header" if cookie_name is None else "cookie"))
 
-    async def _start(self, message: Message, scope: Scope, session: _RequestSession) -> Message:
+    async def _capture_and_send(
+        self, message: Message, scope: Scope, session: _RequestSession, send: Send
+    ) -> None:
+        # The server may be called from a task whose context is not the application's.
+        with session:
+            await self._capture()
+        session.on_advance = self._not_sent
+        await send(self._with_token(message, scope, session))
+
+    def _with_token(self, message: Message, scope: Scope, session: _RequestSession) -> Message:
         """
         Return the message that starts the response, with the session's token if it has to be sent.
         """
-        if scope["type"] == "http":
-            if not session.wrote and scope["method"] in self._write_methods:
-                # The server may be called from a task whose context is not the application's.
-                with session:
-                    await self._capture()
-            # Set before the token is read: a thread that advances the session meanwhile may be
-            # reported although its position is sent, but never the other way round.
-            session.on_advance = self._not_sent
         token = session.outgoing
         carried = token is not session.incoming or session.crowded
         if not (carried or session.accessed):
@@ -273,7 +274,8 @@ class ConsistencyMiddleware:
             headers.append((self._header, text.encode("ascii")))
         if self._cookies is not None:
             https = scope.get("scheme") in ("https", "wss")
-            headers.extend(self._cookies.headers(text, session.cookie_names, https=https))
+            replaced = [name for name, _ in session.found if name is not None]
+            headers.extend(self._cookies.headers(text, replaced, https=https))
         return headers
 
     def _not_sent(self, token: Token) -> None:
@@ -285,14 +287,15 @@ class _RequestSession(Session):
     Know beside the session's token which of it came in, and which of it must not go out.
     """
 
-    __slots__ = ("_unsent_pin", "cookie_names", "crowded", "incoming")
+    __slots__ = ("_unsent_pin", "crowded", "found", "incoming", "started")
 
     def __init__(self, codec: TokenCodec, header_name: str) -> None:
-        super().__init__(codec=codec, header_name=header_name)
+        Session.__init__(self, codec=codec, header_name=header_name)
         self._unsent_pin: Token | None = None
-        self.cookie_names: Sequence[str] = ()
-        self.crowded = False
         self.incoming = self._token
+        self.found: Sequence[_Found] = ()
+        self.crowded = False
+        self.started = False
 
     @property
     def token(self) -> Token:
@@ -308,11 +311,13 @@ class _RequestSession(Session):
         """
         return self._token
 
-    def admit(self, token: Token) -> None:
+    def admit(self, token: Token, found: Sequence[_Found]) -> None:
         """
-        Start from the token that the client brought.
+        Start from the token that the client brought, in the texts ``found``.
         """
         self._token = self.incoming = token
+        self.found = found
+        self.crowded = len(found) >= COMPACT_AT
 
     def pin_unsent(self, until: float) -> None:
         """
@@ -335,6 +340,28 @@ def _awaitable_capture(router: RouterLike) -> Callable[[], Awaitable[None]]:
         return capture
     # The thread gets a copy of the context, whose session is the same object.
     return partial(run_in_threadpool, capture)
+
+
+def _finders(header: bytes | None, cookies: TokenCookies | None) -> dict[bytes, _Finder]:
+    """
+    Return for each request header that can hold tokens what finds them in its value.
+    """
+    finders: dict[bytes, _Finder] = {}
+    if header is not None:
+        finders[header] = _listed
+    if cookies is not None:
+        finders[b"cookie"] = cookies.find
+    return finders
+
+
+def _listed(value: bytes, limit: int) -> list[_Found]:
+    found: list[_Found] = []
+    for part in value.decode("latin-1").split(","):
+        if text := part.strip():
+            found.append((None, text))
+            if len(found) == limit:
+                break
+    return found
 
 
 def _codec(
@@ -362,14 +389,22 @@ def _varying(headers: _Headers, names: Sequence[str]) -> _Headers:
     """
     Return ``headers`` with one Vary that holds ``names`` and what it held before.
     """
-    lines = [value.decode("latin-1") for name, value in headers if name.lower() == b"vary"]
-    held = [part for line in lines for each in line.split(",") if (part := each.strip())]
-    known = {part.lower() for part in held}
-    missing = [name for name in names if name.lower() not in known]
-    if not missing or "*" in known:
-        return headers
-    kept = [line for line in headers if line[0].lower() != b"vary"]
-    return [*kept, (b"vary", ", ".join(held + missing).encode("latin-1"))]
+    lines = [value for name, value in headers if name.lower() == b"vary"]
+    missing = list(names)
+    if lines:
+        held = [
+            part
+            for line in lines
+            for each in line.decode("latin-1").split(",")
+            if (part := each.strip())
+        ]
+        known = {part.lower() for part in held}
+        missing = [name for name in names if name.lower() not in known]
+        if not missing or "*" in known:
+            return headers
+        headers = [line for line in headers if line[0].lower() != b"vary"]
+        missing = held + missing
+    return [*headers, (b"vary", ", ".join(missing).encode("latin-1"))]
 
 
 def _refusal(error: FallbackLimitError) -> tuple[Message, Message]:

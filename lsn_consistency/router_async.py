@@ -350,7 +350,8 @@ class AsyncRouter(Tasks, BaseRouter):
         kick: Iterable[str],
         seconds: float,
     ) -> Waiter:
-        released = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        released = loop.create_future()
 
         def wake() -> None:
             if not released.done():
@@ -359,13 +360,13 @@ class AsyncRouter(Tasks, BaseRouter):
         waiter = register(wake)
         for name in kick:
             self._kick(name)
+        timer = loop.call_later(max(0.0, seconds), wake)
         try:
-            async with asyncio.timeout(max(0.0, seconds)):
-                await released
-        except TimeoutError:
-            return waiter
+            await released
         finally:
-            core.cluster.give_up(waiter)
+            timer.cancel()
+            if waiter.active:
+                core.cluster.give_up(waiter)
         return waiter
 
 

@@ -16,16 +16,18 @@ big-endian. There is exactly one payload for a token.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from binascii import a2b_base64, b2a_base64
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeAlias, final
 
-from itsdangerous import BadData, BadSignature, Signer, TimestampSigner
-from itsdangerous.encoding import base64_decode, base64_encode, bytes_to_int, int_to_bytes
+from itsdangerous import TimestampSigner
+from itsdangerous.encoding import bytes_to_int, int_to_bytes
 
 from lsn_consistency.exceptions import (
     BadSignatureError,
@@ -33,7 +35,7 @@ from lsn_consistency.exceptions import (
     MalformedTokenError,
     TokenExpiredError,
 )
-from lsn_consistency.lsn import Position
+from lsn_consistency.lsn import Lsn, Position
 
 if TYPE_CHECKING:
     from starlette.datastructures import Secret
@@ -50,9 +52,12 @@ _HINT: Final = 'python -c "import secrets; print(secrets.token_hex(32))"'
 _SALT: Final = b"lsn_consistency.token"
 _VERSION: Final = 1
 _HAS_PIN: Final = 1
-_HEADER: Final = struct.Struct(">BB")
+_PLAIN: Final = bytes([_VERSION, 0])
+_PINNED: Final = bytes([_VERSION, _HAS_PIN])
 _PIN: Final = struct.Struct(">d")
 _POSITION: Final = struct.Struct(">QIQ")
+_TO_URL_SAFE: Final = bytes.maketrans(b"+/", b"-_")
+_FROM_URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
 _TEXT_PATTERN: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{0,11}\.[A-Za-z0-9_-]{43}")
 
 
@@ -72,7 +77,7 @@ class Token:
 
     __slots__ = ("pin_until", "positions")
 
-    positions: Mapping[int, Position]
+    positions: MappingProxyType[int, Position]
     pin_until: float | None
 
     def __init__(self, positions: Iterable[Position] = (), pin_until: float | None = None) -> None:
@@ -125,7 +130,11 @@ class Token:
         Returns this very object when the other adds nothing, so `is` tells whether anything
         changed.
         """
+        if other is self:
+            return self
         mine, pin_until = self.positions, self.pin_until
+        if not mine and pin_until is None:
+            return other or self
         gained: dict[int, Position] = {}
         for system_id, position in other.positions.items():
             held = mine.get(system_id)
@@ -135,9 +144,10 @@ class Token:
             pin_until = other.pin_until
         if not gained and pin_until is self.pin_until:
             return self
-        merged = _newest({**mine, **gained})
+        known = mine | gained
+        merged = _newest(known)
         # What was gained can be older than all systems of a full token, and so have gone at once.
-        if pin_until is self.pin_until and merged == mine:
+        if len(known) > MAX_SYSTEMS and pin_until is self.pin_until and merged == mine:
             return self
         return Token._trusted(merged, pin_until)
 
@@ -224,7 +234,8 @@ class TokenCodec:
         """
         if not isinstance(token, Token):
             raise TypeError("encode takes a Token")
-        return self._signer.sign(base64_encode(_pack(token))).decode("ascii")
+        signed_at = int_to_bytes(self._signer.get_timestamp())
+        return self._signer.signed(_content(_pack(token), signed_at)).decode("ascii")
 
     def decode(self, text: str) -> Token:
         """
@@ -233,7 +244,12 @@ class TokenCodec:
         Raises only `TokenError`, for any object at all: `MalformedTokenError`, `BadSignatureError`
         or `TokenExpiredError`. Bytes are malformed: decode a raw header as latin-1 first.
         """
-        text = _checked(text)
+        if type(text) is not str:
+            text = _plain(text)
+        if len(text) > MAX_TOKEN_LENGTH:
+            raise MalformedTokenError(
+                f"a token text has at most {MAX_TOKEN_LENGTH} characters", len(text)
+            )
         token, signed_at = self._verify(text)
         age = self._signer.get_timestamp() - signed_at
         if not -self._future_limit <= age <= self._past_limit:
@@ -243,90 +259,125 @@ class TokenCodec:
 
 class _TokenSigner(TimestampSigner):
     """
-    Sign with keys that are derived once; itsdangerous derives them again for each signature.
+    Sign as itsdangerous does, but with keys that are derived once and already put into their HMAC.
+
+    Signatures are compared as texts, so another spelling of the same bytes does not verify.
     """
 
     def __init__(self, secret_keys: list[bytes]) -> None:
         super().__init__(
             secret_keys, salt=_SALT, key_derivation="hmac", digest_method=hashlib.sha256
         )
-        self._derived = {key: super(_TokenSigner, self).derive_key(key) for key in secret_keys}
+        macs = [hmac.new(self.derive_key(key), digestmod=hashlib.sha256) for key in secret_keys]
+        # The newest first: it signs, and most texts are of its making.
+        self._macs = macs[::-1]
 
-    def derive_key(self, secret_key: str | bytes | None = None) -> bytes:
-        if not isinstance(secret_key, bytes):
-            secret_key = self.secret_key
-        return self._derived[secret_key]
+    def signed(self, content: bytes) -> bytes:
+        """
+        Return the text of a content.
+        """
+        return b"%b.%b" % (content, _signature(self._macs[0], content))
+
+    def verify(self, content: bytes, signature: bytes) -> None:
+        """
+        Raise `BadSignatureError` unless one of the keys made this signature.
+        """
+        for mac in self._macs:
+            if hmac.compare_digest(_signature(mac, content), signature):
+                return
+        raise BadSignatureError(text_length=len(content) + 1 + len(signature))
+
+
+def _signature(keyed: hmac.HMAC, content: bytes) -> bytes:
+    mac = keyed.copy()
+    mac.update(content)
+    return _base64(mac.digest())
 
 
 def _remembering(signer: _TokenSigner, cache_size: int) -> Callable[[str], tuple[Token, int]]:
-    # The closure holds the signer and not the codec: no reference cycle keeps what it remembers.
-    @lru_cache(maxsize=cache_size)
-    def verify(text: str) -> tuple[Token, int]:
-        return _verified(signer, text)
-
-    return verify
+    # It holds the signer and not the codec: no reference cycle keeps what it remembers. What
+    # raises is not remembered, so only verified texts take its places.
+    return lru_cache(maxsize=cache_size)(partial(_verified, signer))
 
 
-def _checked(text: str) -> str:
+def _plain(text: object) -> str:
     kind = type(text)
     # isinstance() would ask the object for its class, and a hostile one answers with an exception.
     if not issubclass(kind, str):
         raise MalformedTokenError("a token text is a str")
-    length = str.__len__(text)
-    if length > MAX_TOKEN_LENGTH:
-        raise MalformedTokenError(f"a token text has at most {MAX_TOKEN_LENGTH} characters", length)
-    exact = text if kind is str else str.__str__(text)
-    if _TEXT_PATTERN.fullmatch(exact) is None:
-        raise MalformedTokenError("a token text is three base64 parts joined by dots", length)
-    return exact
+    return str.__str__(text)
 
 
 def _verified(signer: _TokenSigner, text: str) -> tuple[Token, int]:
     """
-    Return token and time of signing of a text of the right alphabet, whatever its age.
+    Return token and time of signing of a text, whatever its age.
     """
+    if _TEXT_PATTERN.fullmatch(text) is None:
+        raise MalformedTokenError("a token text is three base64 parts joined by dots", len(text))
+    content, _, signature = text.encode("ascii").rpartition(b".")
+    signer.verify(content, signature)
+    payload_text, time_text = content.split(b".")
     try:
-        # The unsign of TimestampSigner fails on a date that datetime cannot hold.
-        Signer.unsign(signer, text)
-    except BadSignature:
-        raise BadSignatureError(text_length=len(text)) from None
-    payload_text, time_text, signature_text = text.encode("ascii").split(b".")
-    try:
-        token = _unpack(base64_decode(payload_text))
-        signed_at = bytes_to_int(base64_decode(time_text))
-        rewritten = (_pack(token), int_to_bytes(signed_at), base64_decode(signature_text))
-    except (BadData, ValueError, struct.error):
+        payload, signed_at = _bytes(payload_text), _bytes(time_text)
+        # One key writes one text for a token and a time: other spellings of the same are refused.
+        if signed_at.startswith(b"\0") or content != _content(payload, signed_at):
+            raise ValueError("not the spelling that encode writes")
+        return _unpack(payload), bytes_to_int(signed_at)
+    except (ValueError, struct.error):
         raise MalformedTokenError("the signed content is no token", len(text)) from None
-    # One key writes one text for a token and a time: other spellings of the same are refused.
-    if b".".join(map(base64_encode, rewritten)) != text.encode("ascii"):
-        raise MalformedTokenError("the signed content is not in canonical form", len(text))
-    return token, signed_at
+
+
+def _content(payload: bytes, signed_at: bytes) -> bytes:
+    """
+    Return what is signed: payload and time as text.
+    """
+    return b"%b.%b" % (_base64(payload), _base64(signed_at))
+
+
+def _base64(content: bytes) -> bytes:
+    return b2a_base64(content, newline=False).translate(_TO_URL_SAFE, b"=")
+
+
+def _bytes(text: bytes) -> bytes:
+    return a2b_base64(text.translate(_FROM_URL_SAFE) + b"=" * (-len(text) % 4))
 
 
 def _pack(token: Token) -> bytes:
-    parts = [_HEADER.pack(_VERSION, 0 if token.pin_until is None else _HAS_PIN)]
-    if token.pin_until is not None:
-        parts.append(_PIN.pack(token.pin_until))
-    parts.extend(_POSITION.pack(*position) for position in token.positions.values())
-    return b"".join(parts)
+    parts = [_POSITION.pack(*position) for position in token.positions.values()]
+    if token.pin_until is None:
+        return b"".join([_PLAIN, *parts])
+    return b"".join([_PINNED, _PIN.pack(token.pin_until), *parts])
 
 
 def _unpack(payload: bytes) -> Token:
     """
-    Read a payload, canonical or not; raises ValueError or struct.error for what is none.
+    Read a payload; raises ValueError or struct.error for all that `_pack` never writes.
     """
-    version, flags = _HEADER.unpack_from(payload)
-    if version != _VERSION:
-        raise ValueError("unknown version")
-    start, pin_until = _HEADER.size, None
-    if flags & _HAS_PIN:
-        (pin_until,) = _PIN.unpack_from(payload, start)
+    header, start, pin_until = payload[: len(_PLAIN)], len(_PLAIN), None
+    if header == _PINNED:
+        packed = payload[start : start + _PIN.size]
+        (pin_until,) = _PIN.unpack(packed)
+        if _PIN.pack(_finite(pin_until)) != packed:
+            raise ValueError("zero has no sign")
         start += _PIN.size
-    positions = (Position.of(*fields) for fields in _POSITION.iter_unpack(payload[start:]))
-    return Token(positions, pin_until)
+    elif header != _PLAIN:
+        raise ValueError("unknown version or flags")
+    positions: dict[int, Position] = {}
+    last = -1
+    for system_id, timeline, lsn in _POSITION.iter_unpack(payload[start:]):
+        # The unsigned numbers themselves cannot be out of range, but for a timeline of 0.
+        if system_id <= last or timeline == 0:
+            raise ValueError("a system out of order, or no timeline")
+        positions[system_id] = Position(system_id, timeline, Lsn(lsn))
+        last = system_id
+    if len(positions) > MAX_SYSTEMS:
+        raise ValueError("too many systems")
+    return Token._trusted(positions, pin_until)
 
 
 def _newest(positions: dict[int, Position]) -> dict[int, Position]:
+    if len(positions) < 2:
+        return positions
     return dict(sorted(positions.items())[-MAX_SYSTEMS:])
 
 

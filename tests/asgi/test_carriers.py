@@ -94,6 +94,7 @@ def test_header_name_none_uses_the_cookie_alone(router: FakeRouter) -> None:
         pytest.param([(b"cookie", b"consistency_token=%a")], id="cookie of the plain name"),
         pytest.param([(b"cookie", b"a=b; consistency_token-Ab_-1234=%a; c=d")], id="cookie"),
         pytest.param([(b"cookie", b"a=b;consistency_token-Ab_-1234=%a")], id="cookie, no space"),
+        pytest.param([(b"cookie", b"a=b; \t consistency_token=\t%a \t; c=d")], id="cookie, blanks"),
     ],
 )
 def test_a_token_of_each_carrier_is_read(
@@ -154,6 +155,8 @@ def test_all_tokens_of_a_request_are_merged(
         "other=consistency_token=%s",
         "consistency_token-<script>=%s",
         "consistency_token-=%s",
+        "consistency_token =%s",
+        "consistency_token-no_value; other=%s",
         "consistency_token-" + "x" * 65 + "=%s",
     ],
 )

@@ -5,6 +5,7 @@ What holds for every token and every text.
 from __future__ import annotations
 
 import re
+import struct
 from itertools import chain
 from typing import Any
 
@@ -223,6 +224,31 @@ def test_signed_payload_has_one_meaning(payload: bytes) -> None:
     text = CODEC._signer.sign(base64_encode(payload)).decode()
     if not raises_token_error(text):
         assert payload == base64_decode(CODEC.encode(CODEC.decode(text)).split(".")[0])
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2), st.integers(0, 3)), max_size=10)
+    | st.sets(st.integers(0, 9)).map(lambda systems: [(each, 1, 5) for each in sorted(systems)]),
+    st.none() | st.floats(),
+)
+def test_signed_positions_are_read_as_encode_writes_them(
+    positions: list[tuple[int, int, int]], pin_until: float | None
+) -> None:
+    """
+    Positions in another order, twice or too many, no timeline, no time: all that is not the one
+    payload of a token is refused, and nothing else is.
+    """
+    pin = b"" if pin_until is None else struct.pack(">d", pin_until)
+    packed = [struct.pack(">QIQ", *each) for each in positions]
+    payload = b"".join([bytes([1, len(pin) // 8]), pin, *packed])
+    try:
+        token = Token([Position.of(*each) for each in positions], pin_until)
+        is_written = payload == base64_decode(CODEC.encode(token).split(".")[0])
+    except ValueError:
+        is_written = False
+    text = CODEC._signer.sign(base64_encode(payload)).decode()
+
+    assert is_written is not raises_token_error(text)
 
 
 @given(

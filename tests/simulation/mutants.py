@@ -40,12 +40,24 @@ CRASHES: Final = (
 FAILOVERS: Final = ("--faults", "failover,zombie,follow,partition,stop,lag,hold")
 
 
+Edit = tuple[str, str, str]
+RULES_ONLY: Final[tuple[Edit, ...]] = (
+    (
+        "_cluster.py",
+        "if primary is None or primary.in_recovery or self.conflict is not None:",
+        "if True:",
+    ),
+)
+"""The rules themselves decide about every read, and no shortlist."""
+
+
 @dataclass(frozen=True)
 class Mutant:
     """
     Name a wrong change and the rule that it breaks.
 
-    ``arguments`` of the simulation make the worlds in which the rule matters frequent.
+    ``arguments`` of the simulation make the worlds in which the rule matters frequent, ``also`` is
+    what has to change beside it.
     """
 
     name: str
@@ -54,6 +66,12 @@ class Mutant:
     old: str
     new: str
     arguments: tuple[str, ...] = ()
+    also: tuple[Edit, ...] = ()
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """Return all changes: module, old and new text."""
+        return ((self.module, self.old, self.new), *self.also)
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,7 @@ MUTANTS: Final = (
         "_observation.py",
         "return self.timeline == required.timeline and self.lsn >= required.lsn",
         "return self.timeline == required.timeline",
+        also=RULES_ONLY,
     ),
     Mutant(
         "timelines are not compared",
@@ -85,14 +104,16 @@ MUTANTS: Final = (
         "return self.timeline == required.timeline and self.lsn >= required.lsn",
         "return self.lsn >= required.lsn",
         (*FAILOVERS, "--fix", "privilege=stats;processes=3"),
+        also=RULES_ONLY,
     ),
     Mutant(
         "the age of an observation does not count",
         "The bound counts the age of the observation too",
         "_observation.py",
-        "return now - max(self._inserts",
-        "return seen.received_at - max(self._inserts",
+        "return now - self.moment_of(seen)",
+        "return seen.received_at - self.moment_of(seen)",
         LAG,
+        RULES_ONLY,
     ),
     Mutant(
         "flush positions count at once",
@@ -150,6 +171,7 @@ MUTANTS: Final = (
         "return seen.server.system_id == system_id",
         "return True",
         ("--fix", "stranger=True;replicas=3"),
+        also=RULES_ONLY,
     ),
     Mutant(
         "pins are ignored",
@@ -157,6 +179,7 @@ MUTANTS: Final = (
         "_decision.py",
         "return until is not None and until > unix_now",
         "return False",
+        also=RULES_ONLY,
     ),
     Mutant(
         "a full token has every position",
@@ -165,6 +188,7 @@ MUTANTS: Final = (
         "if required is None and read.token.is_full:",
         "if False:",
         ("--faults", "full token,lag,pause"),
+        also=RULES_ONLY,
     ),
     Mutant(
         "lag is decided once",
@@ -173,6 +197,7 @@ MUTANTS: Final = (
         "return cluster.lag_seconds(seen, now) <= read.lag_limit",
         "return True",
         LAG,
+        also=RULES_ONLY,
     ),
     Mutant(
         "the history is not asked",
@@ -242,6 +267,52 @@ MUTANTS: Final = (
         "            else second\n        ),\n        flush_lsn",
         ("--fix", "asynchronous=0.5"),
     ),
+    Mutant(
+        "at once without the LSN",
+        "CAUGHT_UP: a replica's replay LSN has reached every position of this system in the token",
+        "_decision.py",
+        "if found is None or found.lsn < lsn or now > found.until:",
+        "if found is None or now > found.until:",
+        also=(("_shortlist.py", "return self.lsn >= lsn and now", "return now"),),
+    ),
+    Mutant(
+        "at once whatever the lag",
+        "max_lag_seconds is a promise about the data on the connection that is used",
+        "_shortlist.py",
+        "self.until = moment + max_lag_seconds",
+        "self.until = math.inf",
+        LAG,
+    ),
+    Mutant(
+        "at once on any timeline",
+        "LSNs of different timelines are compared only through the history",
+        "_decision.py",
+        "if timeline != shortlist.timeline:",
+        "if False:",
+        FAILOVERS,
+        (
+            (
+                "_decision.py",
+                "timeline == shortlist.timeline\n    return ours",
+                "True\n    return ours",
+            ),
+        ),
+    ),
+    Mutant(
+        "at once despite a pin",
+        "PRIMARY_REQUIRED: STRONG, a write, pin_until, or a sticky window",
+        "_decision.py",
+        "if not level.uses_token or token.pin_until is not None:",
+        "if not level.uses_token:",
+    ),
+    Mutant(
+        "at once for a full token",
+        "A full token may have lost the position of this system: unknown goes to the primary",
+        "_decision.py",
+        "        if token.is_full:\n            return None\n        lsn = -1",
+        "        lsn = -1",
+        ("--faults", "full token,lag,pause"),
+    ),
 )
 
 
@@ -258,22 +329,25 @@ def judge(mutant: Mutant) -> Verdict:
 
 @contextmanager
 def _patched(mutant: Mutant) -> Iterator[Path]:
-    text = (PACKAGE / mutant.module).read_text("utf-8")
-    if text.count(mutant.old) != 1:
-        raise LookupError(
-            f"the mutant {mutant.name!r} changes {mutant.old!r}, which is in {mutant.module} "
-            f"{text.count(mutant.old)} times: bring the list up to date"
-        )
     with tempfile.TemporaryDirectory(prefix="lsn-mutant-") as name:
         folder = Path(name)
         left_out = shutil.ignore_patterns("__pycache__", "demo", "cli", "integrations")
         shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=left_out)
-        (folder / PACKAGE.name / mutant.module).write_text(
-            text.replace(mutant.old, mutant.new), "utf-8"
-        )
+        for module, old, new in mutant.edits:
+            _change(folder / PACKAGE.name / module, old, new, mutant.name)
         shutil.copytree(ROOT / "tests/simulation", folder / "tests/simulation", ignore=left_out)
         shutil.copy(ROOT / "tests/__init__.py", folder / "tests/__init__.py")
         yield folder
+
+
+def _change(path: Path, old: str, new: str, name: str) -> None:
+    text = path.read_text("utf-8")
+    if text.count(old) != 1:
+        raise LookupError(
+            f"the mutant {name!r} changes {old!r}, which is in {path.name} {text.count(old)} "
+            "times: bring the list up to date"
+        )
+    path.write_text(text.replace(old, new), "utf-8")
 
 
 def _play(folder: Path, arguments: tuple[str, ...]) -> tuple[str, str] | None:

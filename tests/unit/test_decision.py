@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from lsn_consistency import Consistency, Position, Reason, Token
 from lsn_consistency._cluster import Cluster
-from lsn_consistency._decision import admits, decide, decide_stale, no_primary
+from lsn_consistency._decision import admits, decide, decide_stale, decide_wholly, no_primary
 from lsn_consistency._observation import Observation, Server
 from lsn_consistency._settings import Settings
 from lsn_consistency._verdicts import Fail, Read, Refresh, Serve, Wait
@@ -64,8 +65,12 @@ def read(token: Token | None = None, level: Consistency = Consistency.CAUSAL, **
 def ask(
     known: Cluster, asked: Read, *, now: float = NOW, random: Callable[[], float] | None = None
 ) -> Any:
-    """Decide now."""
-    return decide(known, asked, now, UNIX_NOW, random or Random(1).random)
+    """Decide now; what is decided at once is what the rules say."""
+    verdict = decide(known, asked, now, UNIX_NOW, random or Random(1).random)
+    if isinstance(verdict, Serve) and not verdict.primary:
+        same = replace(asked, preferred=verdict.node.name)
+        assert verdict == decide_wholly(known, same, now, UNIX_NOW, Random(1).random)
+    return verdict
 
 
 def outcome(verdict: Any) -> tuple[str, Reason]:

@@ -22,6 +22,7 @@ from lsn_consistency import (
 from lsn_consistency import consistency as at_level
 from lsn_consistency._connections import READY_SECONDS
 from lsn_consistency._core import POOL_TIMEOUT_SECONDS
+from lsn_consistency._nodes import MANY_READS
 from lsn_consistency._plans import Lease
 from lsn_consistency._steps import (
     AwaitObservation,
@@ -287,7 +288,7 @@ def test_a_connection_older_than_the_last_crash_is_asked_itself() -> None:
     server.crash(1.0, postmaster=False)
     read = world.core.new_read(Session(token), None, None)
     for name in ("b", "c"):
-        read.excluded.add(name)
+        read.excluded = read.excluded | {name}
     opened = run(world, _plans.open_read(world.core, Session(token), read))
     assert opened.result.route.is_primary
 
@@ -588,7 +589,7 @@ def test_hidden_servers_are_all_tried() -> None:
         world.pass_time(0.6)
         session = Session(token_now(world))
         read = world.core.new_read(session, None, None)
-        read.excluded.add("a")
+        read.excluded = read.excluded | {"a"}
         operation = Operation(world, _plans.open_read(world.core, session, read))
         lease = operation.finish(Random(seed)).result
         assert lease.route.is_primary or lease.conn.server.name == "c"
@@ -715,11 +716,12 @@ def test_other_reads_do_not_advance(level: Consistency) -> None:
 
 
 def test_reads_that_end_together_share_one_probe() -> None:
-    """With another read in flight on the node the monitor is asked, once for all."""
+    """With several reads in flight on the node the monitor is asked, once for all."""
     world = ready_world()
     session = Session()
     lease = open_read(world, session).result
-    world.core.cluster.enter(world.core.cluster.nodes[lease.node], fallback=False)
+    for _ in range(MANY_READS - 1):
+        world.core.cluster.enter(world.core.cluster.nodes[lease.node], fallback=False)
     plan = _plans.close_read(world.core, session, lease, interrupted=False)
     operation = Operation(world, plan)
     started = world.now
@@ -730,6 +732,20 @@ def test_reads_that_end_together_share_one_probe() -> None:
     assert not any(isinstance(step, Fetch) for step in seen)
     awaited = next(step for step in seen if isinstance(step, AwaitObservation))
     assert (lease.node, True) == (awaited.node, awaited.after >= started)
+    assert session.token.get(SYSTEM) is not None
+
+
+def test_few_reads_ask_on_their_own_connections() -> None:
+    """One round trip takes less time than to wait for the monitor's next probe."""
+    world = ready_world()
+    session = Session()
+    lease = open_read(world, session).result
+    for _ in range(MANY_READS - 2):
+        world.core.cluster.enter(world.core.cluster.nodes[lease.node], fallback=False)
+    closing = Operation(world, _plans.close_read(world.core, session, lease, interrupted=False))
+    assert isinstance(closing.step, Fetch)
+    assert closing.step.conn is lease.conn
+    closing.finish(Random(CHANCE))
     assert session.token.get(SYSTEM) is not None
 
 
@@ -941,9 +957,10 @@ def test_hidden_servers_share_no_probe() -> None:
     assert node.hides_servers
     session = Session()
     read = world.core.new_read(session, None, None)
-    read.excluded.add("a")
+    read.excluded = read.excluded | {"a"}
     lease = run(world, _plans.open_read(world.core, session, read)).result
-    world.core.cluster.enter(node, fallback=False)
+    for _ in range(MANY_READS):
+        world.core.cluster.enter(node, fallback=False)
     closing = Operation(world, _plans.close_read(world.core, session, lease, interrupted=False))
     assert isinstance(closing.step, Fetch)
     assert closing.step.conn is lease.conn
