@@ -39,7 +39,7 @@ from lsn_consistency._steps import (
     Plan,
     observe,
 )
-from lsn_consistency._verdicts import Fail, Lost, Read, Refresh, Serve, Verdict, Wait
+from lsn_consistency._verdicts import Fail, Lost, Read, Refresh, Serve, Verdict
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.events import FallbackLimited, LostWrite, ReadRouted
 from lsn_consistency.exceptions import (
@@ -398,25 +398,17 @@ def _served(core: Core, read: Read, verdict: Verdict) -> Plan[Serve]:
             read.refreshed = read.refreshed or not verdict.compare
             yield from look_again(core, verdict.names)
         else:
-            yield from _await(core, read, verdict)
+            left = read.wait_from(core.clock())
+            if read.wait_seconds <= 0:
+                # Not waiting for a replica to catch up still means to look whether one has.
+                yield from look_again(core, _replicas(core))
+            elif left > 0:
+                yield AwaitPosition(verdict.required, left, read.began)
+            read.wait_until(core.clock())
+            # Another server of an endpoint may be reached now, or the same one caught up.
+            read.readmit(MAX_REFUSALS)
         verdict = core.decide(read)
     return verdict
-
-
-def _await(core: Core, read: Read, verdict: Wait) -> Plan[None]:
-    if read.waiting_since is None:
-        read.waiting_since = core.clock()
-    ends = read.waiting_since + read.wait_seconds
-    if read.wait_seconds <= 0:
-        # Not waiting for a replica to catch up still means to look whether one has.
-        yield from look_again(core, _replicas(core))
-    elif (left := ends - core.clock()) > 0:
-        yield AwaitPosition(verdict.required, left, read.began)
-    now = core.clock()
-    read.waited_seconds = now - read.waiting_since
-    read.waited = now >= ends
-    # Another server of an endpoint may be reached now, or the same one may have caught up.
-    read.readmit(MAX_REFUSALS)
 
 
 def _replicas(core: Core) -> tuple[str, ...]:

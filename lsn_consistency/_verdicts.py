@@ -64,6 +64,22 @@ class Read:
         tried = self.excluded or self.refused or self.refreshed or self.compared
         return not tried and self.waiting_since is None and self.primary_error is None
 
+    def wait_from(self, now: float) -> float:
+        """
+        Begin to wait, if that has not happened yet, and return the time that is left for it.
+        """
+        if self.waiting_since is None:
+            self.waiting_since = now
+        return self.waiting_since + self.wait_seconds - now
+
+    def wait_until(self, now: float) -> None:
+        """
+        Take that a wait has ended, for now or with its time.
+        """
+        since = now if self.waiting_since is None else self.waiting_since
+        self.waited_seconds = now - since
+        self.waited = now >= since + self.wait_seconds
+
     def refuse(self, name: str, times: int = 1) -> None:
         """
         Leave out a node whose connections that were tried could not serve.

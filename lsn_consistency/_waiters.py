@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
-from itertools import count
 from typing import Final, Protocol
 
 from lsn_consistency._observation import Observation
@@ -48,7 +47,8 @@ class Waiter:
         self.seen: Observation | None = None
 
 
-_Entry = tuple[int, int, float, Waiter]
+_Entry = tuple[float, Waiter]
+_Key = tuple[int, int]
 
 
 class PositionQueue:
@@ -58,12 +58,13 @@ class PositionQueue:
     An observation touches the waiters that it releases, not those that go on waiting.
     """
 
-    __slots__ = ("_active", "_furthest", "_heaps", "_order", "_size")
+    __slots__ = ("_active", "_furthest", "_heaps", "_places", "_size")
 
     def __init__(self) -> None:
-        self._heaps: dict[tuple[int, int], list[_Entry]] = {}
-        self._furthest: dict[tuple[int, int], tuple[int, float]] = {}
-        self._order = count()
+        # Each LSN is in the heap once, however many wait for it.
+        self._heaps: dict[_Key, list[int]] = {}
+        self._places: dict[_Key, dict[int, list[_Entry]]] = {}
+        self._furthest: dict[_Key, tuple[int, float]] = {}
         self._active = 0
         self._size = 0
 
@@ -74,11 +75,18 @@ class PositionQueue:
         """
         Let ``waiter`` wait until a server reaches ``required``, which the primary had at ``since``.
         """
-        key = (required.system_id, required.timeline)
-        heap = self._heaps.setdefault(key, [])
-        heapq.heappush(heap, (required.lsn, next(self._order), since, waiter))
-        if since < math.inf and required.lsn >= self._furthest.get(key, _NOWHERE)[0]:
-            self._furthest[key] = (required.lsn, since)
+        system_id, timeline, lsn = required
+        key = (system_id, timeline)
+        places = self._places.get(key)
+        if places is None:
+            places, self._heaps[key] = self._places.setdefault(key, {}), []
+        place = places.get(lsn)
+        if place is None:
+            place = places[lsn] = []
+            heapq.heappush(self._heaps[key], lsn)
+        place.append((since, waiter))
+        if since < math.inf and lsn >= self._furthest.get(key, _NOWHERE)[0]:
+            self._furthest[key] = (lsn, since)
         self._active += 1
         self._size += 1
 
@@ -90,10 +98,10 @@ class PositionQueue:
             return
         waiter.active = False
         self._active -= 1
-        # Entries of those who gave up stay in the heap until they outnumber the rest: a replica
-        # that is paused for hours must not make the heap grow for hours.
+        # Those who gave up keep their places until they outnumber the rest: a replica that is
+        # paused for hours must not make the queue grow for hours.
         if self._size > _COMPACT_ABOVE and self._size > 2 * self._active:
-            self._keep(lambda entry: entry[3].active)
+            self._compact()
 
     def release(self, seen: Observation) -> list[Waiter]:
         """
@@ -101,25 +109,25 @@ class PositionQueue:
         """
         if seen.lsn is None or seen.timeline is None:
             return []
-        heap = self._heaps.get((seen.server.system_id, seen.timeline))
+        key = (seen.server.system_id, seen.timeline)
+        heap = self._heaps.get(key)
         released: list[Waiter] = []
-        while heap and heap[0][0] <= seen.lsn:
-            waiter = heapq.heappop(heap)[3]
-            self._size -= 1
-            if waiter.active:
-                self._release(waiter, seen)
-                released.append(waiter)
+        while heap and heap[0] <= seen.lsn:
+            place = self._places[key].pop(heapq.heappop(heap))
+            self._size -= len(place)
+            released += [waiter for _, waiter in place if waiter.active]
+        self._release(released, seen)
         return released
 
     def least(self, seen: Observation) -> Lsn | None:
         """
         Return the least position that is waited for on the timeline of ``seen``; None without one.
         """
-        heap = self._heaps.get((seen.server.system_id, seen.timeline or 0), [])
-        while heap and not heap[0][3].active:
-            heapq.heappop(heap)
-            self._size -= 1
-        return Lsn(heap[0][0]) if heap else None
+        key = (seen.server.system_id, seen.timeline or 0)
+        heap = self._heaps.get(key, [])
+        while heap and not any(waiter.active for _, waiter in self._places[key][heap[0]]):
+            self._size -= len(self._places[key].pop(heapq.heappop(heap)))
+        return Lsn(heap[0]) if heap else None
 
     def is_unconfirmed(self, seen: Observation) -> bool:
         """
@@ -138,48 +146,55 @@ class PositionQueue:
         reached = seen.lsn
         if reached is None or reached >= lsn or seen.sent_at < since:
             return []
-        heap = self._heaps.get((seen.server.system_id, seen.timeline or 0), [])
+        places = self._places.get((seen.server.system_id, seen.timeline or 0), {})
         ahead = [
             waiter
-            for lsn, _, since, waiter in heap
+            for lsn, place in places.items()
+            for since, waiter in place
             if waiter.active and lsn > reached and since <= seen.sent_at
         ]
-        for waiter in ahead:
-            self._release(waiter, seen)
-        self._keep(lambda entry: entry[3].active)
+        self._release(ahead, seen)
+        self._compact()
         return ahead
 
     def release_all(self) -> list[Waiter]:
         """
         Take out and return everybody, without an observation.
         """
-        waiting = [entry[3] for heap in self._heaps.values() for entry in heap if entry[3].active]
-        for waiter in waiting:
-            self._release(waiter, None)
-        self._keep(lambda entry: False)
+        every = [place for places in self._places.values() for place in places.values()]
+        waiting = [waiter for place in every for _, waiter in place if waiter.active]
+        self._release(waiting, None)
+        self._compact()
         return waiting
 
-    def _release(self, waiter: Waiter, seen: Observation | None) -> None:
-        waiter.active = False
-        waiter.seen = seen
-        self._active -= 1
+    def _release(self, waiters: list[Waiter], seen: Observation | None) -> None:
+        for waiter in waiters:
+            waiter.active = False
+            waiter.seen = seen
+        self._active -= len(waiters)
 
     def _furthest_of(self, seen: Observation) -> tuple[int, float]:
         return self._furthest.get((seen.server.system_id, seen.timeline or 0), _NOWHERE)
 
-    def _keep(self, wanted: Callable[[_Entry], bool]) -> None:
-        heaps: dict[tuple[int, int], list[_Entry]] = {}
-        for key, heap in self._heaps.items():
-            if kept := [entry for entry in heap if wanted(entry)]:
-                heapq.heapify(kept)
-                heaps[key] = kept
-        self._heaps = heaps
-        self._furthest = {
-            key: max((lsn, since) for lsn, _, since, _ in heap if since < math.inf)
-            for key, heap in heaps.items()
-            if any(since < math.inf for _, _, since, _ in heap)
-        }
-        self._size = sum(map(len, heaps.values()))
+    def _compact(self) -> None:
+        # Keep those who wait, and nothing of the others.
+        self._places, self._heaps, self._furthest = (
+            {key: kept for key, places in self._places.items() if (kept := _waiting_at(places))},
+            {},
+            {},
+        )
+        self._size = self._active
+        for key, places in self._places.items():
+            self._heaps[key] = list(places)
+            heapq.heapify(self._heaps[key])
+            known = [(lsn, since) for lsn, place in places.items() for since, _ in place]
+            if known := [each for each in known if each[1] < math.inf]:
+                self._furthest[key] = max(known)
+
+
+def _waiting_at(places: dict[int, list[_Entry]]) -> dict[int, list[_Entry]]:
+    active = {lsn: [entry for entry in place if entry[1].active] for lsn, place in places.items()}
+    return {lsn: place for lsn, place in active.items() if place}
 
 
 class ObservationQueue:

@@ -363,15 +363,13 @@ class _Block:
         self._use = use
         self._lease: _plans.Lease | None = None
 
-    def __enter__(self) -> Connection:
+    def __enter__(self) -> Any:
         if self._lease is not None:
             raise ConfigurationError(_plans.ENTERED_TWICE)
-        router = self._router
-        core = self._core = router._running()
-        session = self._session = current_session()
-        lease = self._lease = router._run(self._use.open(core, session))
-        conn: Connection = lease.conn
-        return conn
+        self._core = self._router._running()
+        self._session = current_session()
+        self._lease = self._router._run(self._use.open(self._core, self._session))
+        return self._lease.conn
 
     def __exit__(
         self,

@@ -5,7 +5,7 @@ The async router: tasks wait, the plans decide.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -229,12 +229,7 @@ class AsyncRouter(Tasks, BaseRouter):
                 await pool.close()
 
     async def _first_observation(self, core: Core, name: str) -> None:
-        await self._wait(
-            core,
-            lambda wake: core.cluster.wait_for_observation(name, float("-inf"), wake),
-            (),
-            self._settings.open_timeout,
-        )
+        await self._observed(core, name, float("-inf"), self._settings.open_timeout)
 
     def _new_pool(self, core: Core, name: str) -> AsyncConnectionPool[Any]:
         users = self._settings.pool_options.get("configure")
@@ -310,14 +305,13 @@ class AsyncRouter(Tasks, BaseRouter):
     async def _set_read_only(self, step: _steps.SetReadOnly) -> None:
         await step.conn.set_read_only(step.value)
 
-    async def _await_position(self, step: _steps.AwaitPosition) -> None:
+    def _await_position(self, step: _steps.AwaitPosition) -> Awaitable[Observation | None]:
         core = self._running()
-        await self._wait(
-            core,
-            lambda wake: core.cluster.wait_for_position(step.required, wake, step.since),
-            self._sources,
-            step.seconds,
-        )
+        waiting = _Waiting(core)
+        waiting.waiter = core.cluster.wait_for_position(step.required, waiting.end, step.since)
+        for name in self._sources:
+            self._kick(name)
+        return waiting.within(step.seconds)
 
     async def _await_observation(self, step: _steps.AwaitObservation) -> Observation | None:
         core = self._core
@@ -327,47 +321,72 @@ class AsyncRouter(Tasks, BaseRouter):
         known = core.cluster.nodes[step.node].newest
         if known is not None and known.sent_at >= step.after:
             return known
-        waiter = await self._wait(
-            core,
-            lambda wake: core.cluster.wait_for_observation(step.node, step.after, wake),
-            (step.node,),
-            step.seconds,
-        )
-        return waiter.seen
+        return await self._observed(core, step.node, step.after, step.seconds)
 
-    async def _await_turn(self, step: _steps.AwaitTurn) -> None:
+    def _observed(
+        self, core: Core, name: str, after: float, seconds: float
+    ) -> Awaitable[Observation | None]:
+        waiting = _Waiting(core)
+        waiting.waiter = core.cluster.wait_for_observation(name, after, waiting.end)
+        self._kick(name)
+        return waiting.within(seconds)
+
+    def _await_turn(self, step: _steps.AwaitTurn) -> Awaitable[Observation | None]:
         core = self._running()
-        await self._wait(core, core.cluster.wait_for_fallback, (), step.seconds)
+        waiting = _Waiting(core)
+        waiting.waiter = core.cluster.wait_for_fallback(waiting.end)
+        return waiting.within(step.seconds)
 
     def _kick(self, name: str) -> None:
         if name in self._monitors:
             self._monitors[name].kick()
 
-    async def _wait(
-        self,
-        core: Core,
-        register: Callable[[Callable[[], object]], Waiter],
-        kick: Iterable[str],
-        seconds: float,
-    ) -> Waiter:
-        loop = asyncio.get_running_loop()
-        released = loop.create_future()
 
-        def wake() -> None:
-            if not released.done():
-                released.set_result(None)
+class _Waiting(asyncio.Future[Observation | None]):
+    """
+    Be awaited until a waiter is released, for some seconds at most; then its place is given up.
+    """
 
-        waiter = register(wake)
-        for name in kick:
-            self._kick(name)
-        timer = loop.call_later(max(0.0, seconds), wake)
-        try:
-            await released
-        finally:
-            timer.cancel()
-            if waiter.active:
-                core.cluster.give_up(waiter)
-        return waiter
+    __slots__ = ("_core", "_timer", "waiter")
+
+    def __init__(self, core: Core) -> None:
+        super().__init__(loop=asyncio.get_running_loop())
+        self._core = core
+        self._timer: asyncio.TimerHandle | None = None
+        self.waiter: Waiter | None = None
+
+    def within(self, seconds: float) -> Self:
+        """
+        End after so many seconds, unless that has happened already.
+        """
+        if not self.done():
+            wake = self.end if self.waiter is None else self.waiter.wake
+            self._timer = self.get_loop().call_later(max(0.0, seconds), wake)
+        return self
+
+    def end(self) -> None:
+        """
+        Wake who awaits this, with the observation that released it or None.
+        """
+        if not self.done():
+            self.set_result(self._leave())
+
+    def cancel(self, msg: Any = None) -> bool:
+        """
+        Give up the place of a task that is cancelled.
+        """
+        if not self.done():
+            self._leave()
+        return super().cancel(msg)
+
+    def _leave(self) -> Observation | None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.waiter is None:
+            return None
+        if self.waiter.active:
+            self._core.cluster.give_up(self.waiter)
+        return self.waiter.seen
 
 
 class _Block:
@@ -385,15 +404,13 @@ class _Block:
         self._use = use
         self._lease: _plans.Lease | None = None
 
-    async def __aenter__(self) -> Connection:
+    async def __aenter__(self) -> Any:
         if self._lease is not None:
             raise ConfigurationError(_plans.ENTERED_TWICE)
-        router = self._router
-        core = self._core = router._running()
-        session = self._session = current_session()
-        lease = self._lease = await router._run(self._use.open(core, session))
-        conn: Connection = lease.conn
-        return conn
+        self._core = self._router._running()
+        self._session = current_session()
+        self._lease = await self._router._run(self._use.open(self._core, self._session))
+        return self._lease.conn
 
     async def __aexit__(
         self,

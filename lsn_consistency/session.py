@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import TypeAlias
 
 from lsn_consistency.lsn import Position
 from lsn_consistency.route import Route
@@ -114,30 +114,25 @@ class Session:
             self.on_advance(token)
 
     def __enter__(self) -> Session:
-        _current.set(_Block(self, _current.get()))
+        _current.set((self, _current.get()))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         block = _current.get()
-        while block is not None and block.session is not self:
-            block = block.outer
+        while block is not None and block[0] is not self:
+            block = block[1]
         # A block that is left in another context than it was entered in, as the two halves of a
         # generator dependency in a thread pool are, finds nothing to undo.
         if block is not None:
-            _current.set(block.outer)
+            _current.set(block[1])
 
     def __repr__(self) -> str:
         return f"<Session {self._token!r}>"
 
 
-class _Block(NamedTuple):
-    """
-    Remember what was current before; in the context, so that tasks can share one session's blocks.
-    """
-
-    session: Session
-    outer: _Block | None
-
+# A session and the block around its own: in the context, so that tasks can share one session's
+# blocks. A plain tuple, because one is made for each request.
+_Block: TypeAlias = tuple[Session, "_Block | None"]
 
 _current: ContextVar[_Block | None] = ContextVar("lsn_consistency_session", default=None)
 
@@ -152,6 +147,6 @@ def current_session() -> Session:
     """
     block = _current.get()
     if block is None:
-        block = _Block(Session(), None)
+        block = (Session(), None)
         _current.set(block)
-    return block.session
+    return block[0]
