@@ -20,7 +20,7 @@ from lsn_consistency._observation import Observation
 from lsn_consistency._settings import Settings
 from lsn_consistency._sql import Identity
 from lsn_consistency._verdicts import Read, Serve, Verdict
-from lsn_consistency.consistency import Consistency, effective
+from lsn_consistency.consistency import Consistency, effective, innermost
 from lsn_consistency.events import Event, LagExceeded, NodeRecovered, ReadRouted
 from lsn_consistency.route import Route
 from lsn_consistency.session import Session
@@ -80,6 +80,7 @@ class Core:
         listens: bool = True,
     ) -> None:
         self.settings = settings
+        self._level = settings.consistency
         self.poll_seconds = min(settings.poll_interval, settings.max_lag_seconds / 4)
         """The time between probes of an idle node: a bound needs samples well below it."""
         self._overdue_seconds = self.poll_seconds + OVERDUE_SECONDS
@@ -233,15 +234,14 @@ class Core:
         """
         Return where a read goes that nothing has to be asked or tried for; None for any other.
         """
+        # Calls are what such a choice costs: what `effective` and `Session.token` do is done here.
+        if consistency is None:
+            block = innermost.get()
+            consistency = self._level if block is None else block.level
+        if token is None:
+            token = session._token
         now = self.clock()
-        found = decide_at_once(
-            self.cluster,
-            effective(consistency, self.settings.consistency),
-            session.token if token is None else token,
-            session.node,
-            now,
-            self._random,
-        )
+        found = decide_at_once(self.cluster, consistency, token, session.node, now, self._random)
         if found is None:
             return None
         candidate, required = found

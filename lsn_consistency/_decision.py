@@ -76,15 +76,15 @@ def decide_at_once(
     shortlist = cluster.shortlist
     if shortlist is None:
         shortlist = cluster.listed()
-    required = token.positions.get(shortlist.system_id)
+    required = token._positions.get(shortlist.system_id)
     if required is None:
         if token.is_full:
             return None
         lsn = -1
+    elif required[1] == shortlist.timeline:
+        lsn = required[2]
     else:
-        _, timeline, lsn = required
-        if timeline != shortlist.timeline:
-            return None
+        return None
     found = shortlist.by_name.get(preferred)
     if found is None or found.lsn < lsn or now > found.until:
         found = shortlist.drawn(lsn, now, random)

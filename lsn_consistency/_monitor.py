@@ -30,8 +30,9 @@ from lsn_consistency._steps import identify, observe
 WAITING_POLL_SECONDS: Final = 0.004
 """Time between probes while a read waits for this node to reach its position."""
 
-GATHER_SECONDS: Final = 0.002
-"""Time between probes while reads that have ended wait for one and many more are in flight."""
+GATHER_SECONDS: Final = 0.000_25
+MAX_GATHER_SECONDS: Final = 0.005
+"""Time between probes, for each read in flight, while reads that have ended wait for one."""
 
 _logger = logging.getLogger("lsn_consistency")
 _LONG_AGO: Final = float("-inf")
@@ -107,7 +108,8 @@ class Monitor:
             # Who asks for this node does not wait for a back-off, but a dead node is not hammered.
             if self._node.failures:
                 return min(retry, FIRST_RETRY_SECONDS)
-            return GATHER_SECONDS if self._node.in_flight >= MANY_READS else 0.0
+            many = self._node.in_flight if self._node.in_flight >= MANY_READS else 0
+            return min(GATHER_SECONDS * many, MAX_GATHER_SECONDS)
         if not self._node.failures and self._core.cluster.awaits_position(self._node):
             return retry if self._replay.covers(self._seen) else WAITING_POLL_SECONDS
         return retry

@@ -17,7 +17,7 @@ from lsn_consistency.route import Role
 
 MAX_SERVERS_PER_NODE: Final = 16
 SERVER_MEMORY_SECONDS: Final = 60.0
-MANY_READS: Final = 4
+MANY_READS: Final = 8
 """With so many reads in flight on a node, those that end together share the monitor's probe."""
 
 FIRST_RETRY_SECONDS: Final = 0.05

@@ -109,7 +109,7 @@ class _Block(NamedTuple):
     outer: _Block | None
 
 
-_block: ContextVar[_Block | None] = ContextVar("lsn_consistency_level", default=None)
+innermost: ContextVar[_Block | None] = ContextVar("lsn_consistency_level", default=None)
 
 
 def _positive(what: str, seconds: float) -> float:
@@ -129,7 +129,7 @@ def effective(per_call: Consistency | None, per_router: Consistency) -> Consiste
     """
     if per_call is not None:
         return per_call
-    block = _block.get()
+    block = innermost.get()
     return per_router if block is None else block.level
 
 
@@ -152,15 +152,15 @@ class consistency:
         self._level = level
 
     def __enter__(self) -> Consistency:
-        _block.set(_Block(self, self._level, _block.get()))
+        innermost.set(_Block(self, self._level, innermost.get()))
         return self._level
 
     def __exit__(self, *exc_info: object) -> None:
-        block = _block.get()
+        block = innermost.get()
         while block is not None and block.owner is not self:
             block = block.outer
         if block is not None:
-            _block.set(block.outer)
+            innermost.set(block.outer)
 
     def __call__(self, function: _Function) -> _Function:
         """

@@ -287,29 +287,22 @@ class _RequestSession(Session):
     Know beside the session's token which of it came in, and which of it must not go out.
     """
 
-    __slots__ = ("_unsent_pin", "crowded", "found", "incoming", "started")
+    __slots__ = ("_unpinned", "crowded", "found", "incoming", "started")
 
     def __init__(self, codec: TokenCodec, header_name: str) -> None:
         Session.__init__(self, codec=codec, header_name=header_name)
-        self._unsent_pin: Token | None = None
+        self._unpinned: Token | None = None
         self.incoming = self._token
         self.found: Sequence[_Found] = ()
         self.crowded = False
         self.started = False
 
     @property
-    def token(self) -> Token:
-        """
-        Return what the reads of this request must reach.
-        """
-        return self._token if self._unsent_pin is None else self._token.merge(self._unsent_pin)
-
-    @property
     def outgoing(self) -> Token:
         """
         Return what the client may be told.
         """
-        return self._token
+        return self._token if self._unpinned is None else self._unpinned
 
     def admit(self, token: Token, found: Sequence[_Found]) -> None:
         """
@@ -325,7 +318,19 @@ class _RequestSession(Session):
 
         Whoever sends a forged token must not get a genuine one for it.
         """
-        self._unsent_pin = Token(pin_until=until)
+        self._unpinned = self._token
+        self._token = self._token.merge(Token(pin_until=until))
+
+    def _change(self, changed: Callable[[Token], Token]) -> None:
+        if self._unpinned is None:
+            Session._change(self, changed)
+            return
+        with self._lock:
+            before = self._unpinned
+            token = self._unpinned = changed(before)
+            self._token = changed(self._token)
+        if token is not before and self.on_advance is not None:
+            self.on_advance(token)
 
 
 def _checked_router(router: RouterLike) -> RouterLike:

@@ -75,8 +75,9 @@ class Token:
     a `pin_until` that is no finite number.
     """
 
-    __slots__ = ("pin_until", "positions")
+    __slots__ = ("_positions", "pin_until", "positions")
 
+    _positions: dict[int, Position]
     positions: MappingProxyType[int, Position]
     pin_until: float | None
 
@@ -98,6 +99,8 @@ class Token:
         return token
 
     def _fill(self, positions: dict[int, Position], pin_until: float | None) -> None:
+        # Who looks at a position many times a second asks the dictionary itself.
+        object.__setattr__(self, "_positions", positions)
         object.__setattr__(self, "positions", MappingProxyType(positions))
         object.__setattr__(self, "pin_until", pin_until)
 
@@ -120,7 +123,7 @@ class Token:
         """
         Return the position of one system (unsigned identifier), or None.
         """
-        return self.positions.get(system_id)
+        return self._positions.get(system_id)
 
     def merge(self, other: Token) -> Token:
         """

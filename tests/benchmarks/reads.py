@@ -1,16 +1,17 @@
 """
 Suite: a read by primary key, from checkout to return, against psycopg_pool and hasql.
 
-All take a connection of a pool of the same kind and size, run the same statement in a transaction
-of psycopg's default kind, and give the connection back. The replicas have no other work.
+All take a connection of a pool of the same kind and size, run the same statement, and give the
+connection back: in a transaction, as psycopg does by default, and in autocommit mode, where the
+statement is all that is sent. The replicas have no other work.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+import statistics
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -22,14 +23,16 @@ from lsn_consistency.testing import EmbeddedCluster
 from tests.benchmarks import stage
 from tests.benchmarks.findings import Bench
 from tests.benchmarks.measuring import Comparison, compare, compare_async
+from tests.benchmarks.stage import POOL_SIZE, WARM_SECONDS
 
-POOL_SIZE: Final = 10
 CONCURRENT: Final = 100
+READS_EACH: Final = 10
+TRANSACTION: Final = "in a transaction"
+MODES: Final[dict[str, dict[str, Any]]] = {TRANSACTION: {}, "autocommit": {"autocommit": True}}
 LEVELS: Final = {
     "read_your_writes": Consistency.READ_YOUR_WRITES,
     "causal": Consistency.CAUSAL,
 }
-WARM_SECONDS: Final = 10.0
 
 
 def run(bench: Bench) -> None:
@@ -37,108 +40,89 @@ def run(bench: Bench) -> None:
     Measure reads that are alone, and reads of a hundred tasks at once.
     """
     with stage.servers(bench) as pg:
-        asyncio.run(_async(bench, pg))
+        for mode in MODES:
+            asyncio.run(_async(bench, pg, mode))
         _blocking(bench, pg)
 
 
-async def _async(bench: Bench, pg: EmbeddedCluster) -> None:
+async def _async(bench: Bench, pg: EmbeddedCluster, mode: str) -> None:
     conninfo = pg.replicas["replica_1"].conninfo
+    options = {"min_size": POOL_SIZE, "kwargs": MODES[mode]}
     async with (
-        _router(pg) as router,
-        AsyncConnectionPool(conninfo, min_size=POOL_SIZE, open=False) as pool,
-        _hasql(pg) as others,
+        stage.async_router(**stage.nodes(pg), pool_options=options) as router,
+        AsyncConnectionPool(conninfo, open=False, **options) as pool,
+        _hasql(pg, options) as others,
     ):
         await pool.wait()
         token = await router.token()
+        peers: dict[str, Callable[[], Awaitable[Any]]] = {
+            "psycopg_pool": lambda: _pooled(pool),
+            "hasql": lambda: _hasql_read(others),
+        }
         with Session(token):
-            ways: dict[str, Callable[[], Awaitable[Any]]] = {
-                "psycopg_pool": lambda: _pooled(pool),
-                "hasql": lambda: _hasql_read(others),
-                "round trip": lambda: _round_trip(pool),
-                **{name: _reading(router, level) for name, level in LEVELS.items()},
-            }
+            ours = {name: _reading(router, level) for name, level in LEVELS.items()}
             alone = bench.add(
                 await compare_async(
-                    "async read, alone",
-                    ways,
+                    f"async read, {mode}",
+                    {**peers, **ours},
                     rounds=bench.rounds(21, 7),
                     number=bench.rounds(300, 150),
                 )
             )
-        _judge_alone(bench, alone)
-        crowds = {
-            name: _crowd(way)
-            for name, way in {
-                "psycopg_pool": lambda: _pooled(pool),
-                "hasql": lambda: _hasql_read(others),
-                **{name: _in_session(router, level, token) for name, level in LEVELS.items()},
-            }.items()
-        }
-        crowd = bench.add(
-            await compare_async(
-                f"async reads, {CONCURRENT} at once",
+        _judge_alone(bench, alone, mode)
+        if mode == TRANSACTION:
+            crowds = {
+                **{name: _crowd(way) for name, way in peers.items()},
+                **{
+                    name: _crowd(_in_session(router, level, token))
+                    for name, level in LEVELS.items()
+                },
+            }
+            crowd = await compare_async(
+                f"{CONCURRENT} tasks that read {READS_EACH} times each",
                 crowds,
-                rounds=bench.rounds(21, 7),
-                number=bench.rounds(10, 5),
+                rounds=bench.rounds(15, 5),
+                number=1,
             )
+            _judge_crowd(bench, bench.add(crowd))
+
+
+def _judge_alone(bench: Bench, alone: Comparison, mode: str) -> None:
+    for name in LEVELS:
+        bench.find(
+            f"reads.{mode}.{name}",
+            f"async read at {name.upper()} over psycopg_pool, {mode}",
+            alone.ratios(name, "psycopg_pool"),
+            at_most=1.15 if name == "read_your_writes" else None,
         )
-        _judge_crowd(bench, crowd)
-
-
-def _judge_alone(bench: Bench, alone: Comparison) -> None:
+    pool_itself = statistics.median(alone.ratios("psycopg_pool", "hasql"))
     bench.find(
-        "reads.alone.read_your_writes",
-        "async read at READ_YOUR_WRITES / psycopg_pool",
-        alone.ratios("read_your_writes", "psycopg_pool"),
-        at_most=1.15,
-    )
-    bench.find(
-        "reads.alone.hasql",
-        "async read at READ_YOUR_WRITES / hasql",
+        f"reads.{mode}.hasql",
+        f"async read at READ_YOUR_WRITES over hasql, {mode}",
         alone.ratios("read_your_writes", "hasql"),
         at_most=0.6,
-    )
-    bench.find(
-        "reads.alone.causal",
-        "async read at CAUSAL / psycopg_pool",
-        alone.ratios("causal", "psycopg_pool"),
-    )
-    trips = [
-        extra / trip
-        for extra, trip in zip(
-            alone.extras("causal", "psycopg_pool"),
-            alone.series["round trip"].rounds,
-            strict=True,
-        )
-    ]
-    bench.find(
-        "reads.alone.causal.time",
-        "what CAUSAL adds to an async read, in round trips of SELECT 1",
-        trips,
-        "round trips",
+        floor=f"psycopg_pool's own connection() and the same query take {pool_itself:.2f} of what "
+        "hasql takes in this mode: what both send to the server outweighs the checkout.",
     )
 
 
 def _judge_crowd(bench: Bench, crowd: Comparison) -> None:
-    bench.find(
-        "reads.crowd.read_your_writes",
-        f"{CONCURRENT} async reads at READ_YOUR_WRITES / psycopg_pool",
-        crowd.ratios("read_your_writes", "psycopg_pool"),
-    )
-    bench.find(
-        "reads.crowd.causal",
-        f"{CONCURRENT} async reads at CAUSAL / psycopg_pool",
-        crowd.ratios("causal", "psycopg_pool"),
-        at_most=1.3,
-    )
+    for name in LEVELS:
+        bench.find(
+            f"reads.crowd.{name}",
+            f"{CONCURRENT} concurrent async reads at {name.upper()} over psycopg_pool",
+            crowd.ratios(name, "psycopg_pool"),
+            at_most=1.3 if name == "causal" else None,
+        )
 
 
 def _blocking(bench: Bench, pg: EmbeddedCluster) -> None:
     conninfo = pg.replicas["replica_1"].conninfo
-    router = Router(**stage.nodes(pg), pool_options={"min_size": POOL_SIZE})
-    with router, ConnectionPool(conninfo, min_size=POOL_SIZE, open=False) as pool:
+    with (
+        stage.blocking_router(**stage.nodes(pg), pool_options={"min_size": POOL_SIZE}) as router,
+        ConnectionPool(conninfo, min_size=POOL_SIZE, open=False) as pool,
+    ):
         pool.wait()
-        _warm(router)
         with Session(router.token()):
             compared = bench.add(
                 compare(
@@ -160,23 +144,7 @@ def _blocking(bench: Bench, pg: EmbeddedCluster) -> None:
 
 
 @asynccontextmanager
-async def _router(pg: EmbeddedCluster) -> AsyncIterator[AsyncRouter]:
-    router = AsyncRouter(**stage.nodes(pg), pool_options={"min_size": POOL_SIZE})
-    async with router:
-        async with asyncio.timeout(WARM_SECONDS):
-            while not stage.is_measured(router.snapshot()):
-                await asyncio.sleep(0.01)
-        yield router
-
-
-def _warm(router: Router) -> None:
-    ends = time.monotonic() + WARM_SECONDS
-    while not stage.is_measured(router.snapshot()) and time.monotonic() < ends:
-        time.sleep(0.01)
-
-
-@asynccontextmanager
-async def _hasql(pg: EmbeddedCluster) -> AsyncIterator[Any]:
+async def _hasql(pg: EmbeddedCluster, options: Mapping[str, Any]) -> AsyncIterator[Any]:
     from hasql.psycopg3 import PoolManager
 
     # Each return of a connection in a transaction is worth a warning to psycopg_pool: in the
@@ -185,7 +153,7 @@ async def _hasql(pg: EmbeddedCluster) -> AsyncIterator[Any]:
     parts = [conninfo_to_dict(node.conninfo) for node in pg.nodes.values()]
     hosts = ",".join(f"{each['host']}:{each['port']}" for each in parts)
     dsn = f"postgresql://{parts[0]['user']}@{hosts}/{parts[0]['dbname']}"
-    manager = PoolManager(dsn, pool_factory_kwargs={"min_size": POOL_SIZE, "max_size": POOL_SIZE})
+    manager = PoolManager(dsn, pool_factory_kwargs={**options, "max_size": POOL_SIZE})
     await manager.ready(masters_count=1, replicas_count=2, timeout=WARM_SECONDS)
     try:
         yield manager
@@ -196,17 +164,6 @@ async def _hasql(pg: EmbeddedCluster) -> AsyncIterator[Any]:
 async def _pooled(pool: AsyncConnectionPool) -> Any:
     async with pool.connection() as conn:
         return await (await conn.execute(stage.SELECT, (7,))).fetchone()
-
-
-async def _round_trip(pool: AsyncConnectionPool) -> Any:
-    # The pool's connection is autocommit here: one statement, one round trip.
-    async with pool.connection() as conn:
-        await conn.set_autocommit(True)
-        began = time.perf_counter()
-        await conn.execute("SELECT 1")
-        taken = time.perf_counter() - began
-        await conn.set_autocommit(False)
-    return taken
 
 
 async def _hasql_read(manager: Any) -> Any:
@@ -235,8 +192,12 @@ def _in_session(
 
 
 def _crowd(way: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+    async def one() -> None:
+        for _ in range(READS_EACH):
+            await way()
+
     async def crowd() -> None:
-        await asyncio.gather(*(way() for _ in range(CONCURRENT)))
+        await asyncio.gather(*(one() for _ in range(CONCURRENT)))
 
     return crowd
 

@@ -287,8 +287,8 @@ MUTANTS: Final = (
         "at once on any timeline",
         "LSNs of different timelines are compared only through the history",
         "_decision.py",
-        "if timeline != shortlist.timeline:",
-        "if False:",
+        "elif required[1] == shortlist.timeline:",
+        "elif True:",
         FAILOVERS,
         (
             (
