@@ -240,18 +240,33 @@ class Core:
             consistency = self._level if block is None else block.level
         if token is None:
             token = session._token
+        shortlist = self.cluster.shortlist
+        if shortlist is None:
+            shortlist = self.cluster.listed()
         now = self.clock()
-        found = decide_at_once(self.cluster, consistency, token, session.node, now, self._random)
-        if found is None:
-            return None
-        candidate, required = found
-        ends, caught_up, within_lag = candidate.routes
-        if now > ends:
-            _, caught_up, within_lag = candidate.renewed(now)
-        route = within_lag if required is None else caught_up
-        session.accessed = True
+        made = session.choice
+        if (
+            made is not None
+            and made[0] is shortlist
+            and made[1] is consistency
+            and made[2] is token
+            and now <= made[3]
+        ):
+            # Nothing new is known since the last choice, and nothing else is asked for.
+            route = made[4]
+        else:
+            found = decide_at_once(shortlist, consistency, token, session.node, now, self._random)
+            if found is None:
+                return None
+            candidate, required = found
+            routes = candidate.routes
+            if now > routes[0]:
+                routes = candidate.renewed(now)
+            route = routes[2] if required is None else routes[1]
+            session.choice = (shortlist, consistency, token, routes[0], route)
+            session.accessed = True
+            session.node = route.name
         session.last_route = route
-        session.node = route.name
         if self._listens:
             self.emit(ReadRouted(route))
         return route
@@ -261,6 +276,7 @@ class Core:
         Remember in the session where a read goes, and tell the hook.
         """
         session.last_route = route
+        session.choice = None
         if route.role == "replica":
             session.node = route.name
         if self._listens:

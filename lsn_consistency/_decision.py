@@ -59,7 +59,7 @@ class _Candidate(NamedTuple):
 
 
 def decide_at_once(
-    cluster: Cluster,
+    shortlist: Shortlist,
     level: Consistency,
     token: Token,
     preferred: str | None,
@@ -73,9 +73,6 @@ def decide_at_once(
     """
     if not level.uses_token or token.pin_until is not None:
         return None
-    shortlist = cluster.shortlist
-    if shortlist is None:
-        shortlist = cluster.listed()
     required = token._positions.get(shortlist.system_id)
     if required is None:
         if token.is_full:
@@ -102,7 +99,9 @@ def decide(
     Say what a read does next. ``random`` gives numbers from 0 up to 1, for the balance.
     """
     if read.is_new:
-        found = decide_at_once(cluster, read.level, read.token, read.preferred, now, random)
+        found = decide_at_once(
+            cluster.listed(), read.level, read.token, read.preferred, now, random
+        )
         if found is not None:
             candidate, required = found
             return Serve(candidate.node, _reason(required), now - candidate.moment, required)

@@ -43,6 +43,7 @@ class Session:
         "_lock",
         "_token",
         "accessed",
+        "choice",
         "codec",
         "header_name",
         "last_route",
@@ -65,6 +66,8 @@ class Session:
         self.node: str | None = None
         self.last_route: Route | None = None
         self.accessed = False
+        # What the router remembers of the last choice, to take it again at once.
+        self.choice: tuple[object, object, Token, float, Route] | None = None
         self.wrote = False
         # Called after each advance with the new token; it must not block.
         self.on_advance: Callable[[Token], None] | None = None

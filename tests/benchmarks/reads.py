@@ -47,7 +47,7 @@ def run(bench: Bench) -> None:
 
 async def _async(bench: Bench, pg: EmbeddedCluster, mode: str) -> None:
     conninfo = pg.replicas["replica_1"].conninfo
-    options = {"min_size": POOL_SIZE, "kwargs": MODES[mode]}
+    options: dict[str, Any] = {"min_size": POOL_SIZE, "kwargs": MODES[mode]}
     async with (
         stage.async_router(**stage.nodes(pg), pool_options=options) as router,
         AsyncConnectionPool(conninfo, open=False, **options) as pool,

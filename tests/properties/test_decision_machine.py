@@ -286,7 +286,8 @@ class DecisionMachine(RuleBasedStateMachine):
         now, random = self.world.now, self.chance.random
         cluster = self.world.core.cluster
         for preferred in (None, *NODES):
-            found = decide_at_once(cluster, read.level, read.token, preferred, now, random)
+            known = cluster.listed()
+            found = decide_at_once(known, read.level, read.token, preferred, now, random)
             if found is None or not read.is_new:
                 continue
             candidate, required = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -733,6 +734,49 @@ def test_reads_that_end_together_share_one_probe() -> None:
     awaited = next(step for step in seen if isinstance(step, AwaitObservation))
     assert (lease.node, True) == (awaited.node, awaited.after >= started)
     assert session.token.get(SYSTEM) is not None
+
+
+def test_a_choice_is_taken_again_while_nothing_has_changed() -> None:
+    """The same route for the same session, level and token, until something new is known."""
+    world = ready_world()
+    core = world.core
+    session = Session(token_now(world))
+    first = core.choose_at_once(session, None, None)
+    assert first is not None
+    routed = len([event for event in world.events if isinstance(event, ReadRouted)])
+    assert first is core.choose_at_once(session, None, None)
+    assert first is session.last_route
+    assert routed + 1 == len([event for event in world.events if isinstance(event, ReadRouted)])
+
+
+def test_a_choice_that_was_made_is_forgotten_with_every_change() -> None:
+    """A failure, another token or level, another read, and the time: each asks anew."""
+    world = ready_world()
+    core = world.core
+    token = token_now(world)
+    session = Session(token)
+    first = core.choose_at_once(session, None, None)
+    assert first is not None
+    core.failed(first.name, ConnectionError("gone"))
+    second = core.choose_at_once(session, None, None)
+    assert second is None or second.name != first.name
+    world.probe_all(Random(CHANCE))
+    session = Session(token)
+    assert core.choose_at_once(session, None, None) is not None
+    assert core.choose_at_once(session, None, Consistency.STRONG) is None
+    ahead = Token([Position(SYSTEM, 1, Lsn(token.positions[SYSTEM].lsn + 1_000_000))])
+    assert core.choose_at_once(session, ahead, None) is None
+    session.advance(ahead)
+    assert core.choose_at_once(session, None, None) is None
+    session = Session(token)
+    made = core.choose_at_once(session, None, None)
+    assert made is not None
+    core.note(session, replace(made, name="c" if made.name != "c" else "b"))
+    other = core.choose_at_once(session, None, None)
+    assert other is not None
+    assert made.name != other.name
+    world.now += world.core.settings.max_lag_seconds + 1
+    assert core.choose_at_once(session, None, None) is None
 
 
 def test_few_reads_ask_on_their_own_connections() -> None:

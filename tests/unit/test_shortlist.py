@@ -22,7 +22,8 @@ def at_once(
 ) -> str | None:
     """Name the replica that serves without further questions."""
     level = Consistency.CAUSAL
-    found = decide_at_once(known, level, token or Token(), preferred, now, Random(1).random)
+    random = Random(1).random
+    found = decide_at_once(known.listed(), level, token or Token(), preferred, now, random)
     return None if found is None else found[0].node.name
 
 
