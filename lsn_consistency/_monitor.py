@@ -24,7 +24,7 @@ from lsn_consistency._nodes import FIRST_RETRY_SECONDS, MANY_READS
 from lsn_consistency._observation import Observation
 from lsn_consistency._replay_wait import ReplayWait
 from lsn_consistency._replication import TimelineSource
-from lsn_consistency._sql import Identity
+from lsn_consistency._sql import WAIT_FOR_VERSION, Identity
 from lsn_consistency._steps import identify, observe
 
 WAITING_POLL_SECONDS: Final = 0.004
@@ -139,8 +139,9 @@ class Monitor:
             core.failed(self.name, error)
         else:
             self._seen = core.observed(self.name, seen, sample=True, before=self._seen)
+            if self._conn.info.server_version >= WAIT_FOR_VERSION:
+                self._replay.tend(self._seen)
             self._leave_if_lagging(self._seen)
-            self._replay.tend(self._seen)
             await self._timelines.ask(self._seen)
 
     def _leave_if_lagging(self, seen: Observation) -> None:

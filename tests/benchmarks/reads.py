@@ -72,7 +72,11 @@ async def _async(bench: Bench, pg: EmbeddedCluster, mode: str) -> None:
         _judge_alone(bench, alone, mode)
         if mode == TRANSACTION:
             crowds = {
-                **{name: _crowd(way) for name, way in peers.items()},
+                **{
+                    name: _crowd(way)
+                    for name, way in peers.items()
+                    if name != "hasql" or not bench.quick
+                },
                 **{
                     name: _crowd(_in_session(router, level, token))
                     for name, level in LEVELS.items()
@@ -81,7 +85,7 @@ async def _async(bench: Bench, pg: EmbeddedCluster, mode: str) -> None:
             crowd = await compare_async(
                 f"{CONCURRENT} tasks that read {READS_EACH} times each",
                 crowds,
-                rounds=bench.rounds(15, 5),
+                rounds=bench.rounds(15, 9),
                 number=1,
             )
             _judge_crowd(bench, bench.add(crowd))

@@ -33,6 +33,7 @@ SUITES = (
     Suite("decision", "choose() against the routers of others, and against the floor", True),
     Suite("middleware", "what a request costs in the middleware", True),
     Suite("reads", "read() against psycopg_pool and hasql", True),
+    Suite("round_trips", "the round trips of a read and a write, counted", True),
     Suite("writes", "write() against the same INSERT without a position", True),
     Suite("probes", "how often a replica is asked, whatever the rate of requests", False),
     Suite("waiters", "10 000 reads that wait for one position", True),
