@@ -105,9 +105,6 @@ class Shortlist:
         changed._candidates = tuple(changed.by_name.values())
         return changed
 
-    def __len__(self) -> int:
-        return len(self._candidates)
-
     def drawn(self, lsn: int, now: float, random: Callable[[], float]) -> Candidate | None:
         """
         Return one of the candidates that serve a read which needs ``lsn``; None without one.

@@ -192,15 +192,15 @@ def read_observation(
     )
 
 
-def is_promoted(row: Row) -> bool:
+def is_in_recovery(row: Row) -> bool:
     """
-    Tell whether the row of `PROBE_STANDBY` says that its server is a standby no longer.
+    Tell which role the row of a probe names: what its other columns are depends on that.
 
     Raises `ValueError` for a row that no server gives.
     """
-    if len(row) != _PROBE_WIDTH:
-        raise ValueError(f"a probe gave {len(row)} columns")
-    return row[1] == "f"
+    if len(row) != _PROBE_WIDTH or row[1] not in ("t", "f"):
+        raise ValueError(f"a probe gave {len(row)} columns, and {row[1:2]} as the role")
+    return row[1] == "t"
 
 
 def wait_for(lsn: Lsn, seconds: float) -> bytes:

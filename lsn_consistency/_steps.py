@@ -230,8 +230,11 @@ def observe(conn: Any, identity: Identity, *, in_recovery: bool) -> Plan[Observa
         _, seen = yield from identify(conn)
         return seen
     try:
-        if in_recovery and _sql.is_promoted(reply.row):
+        if in_recovery and not _sql.is_in_recovery(reply.row):
+            in_recovery = False
             reply = yield Fetch(conn, _sql.PROBE_PRIMARY)
+        if _sql.is_in_recovery(reply.row) != in_recovery:
+            raise ValueError("a standby answers as a primary does")
         return _sql.read_observation(identity, *reply)
     except ValueError as error:
         raise _unreadable(error) from error

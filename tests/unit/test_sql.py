@@ -267,6 +267,17 @@ def test_a_standby_that_was_promoted_is_asked_as_a_primary() -> None:
     )
 
 
+@pytest.mark.parametrize("promoted", [False, True])
+def test_a_standby_cannot_answer_what_only_a_primary_can(promoted: bool) -> None:
+    """Its columns would be read as what they are not: an insert position as replayed."""
+    plan = observe("conn", IDENTITY, in_recovery=promoted)
+    next(plan)
+    if promoted:
+        plan.send(_reply(tuple({**STANDBY, "recovery": "f"}.values())))
+    with pytest.raises(NodeFailure, match="cannot be read"):
+        plan.send(_reply(tuple({**PRIMARY, "recovery": "t"}.values())))
+
+
 def test_a_primary_that_says_it_is_a_standby_is_another_server() -> None:
     """What the connection leads to is identified anew; other refusals are failures."""
     plan = observe("conn", IDENTITY, in_recovery=False)
