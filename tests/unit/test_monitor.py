@@ -15,11 +15,14 @@ from lsn_consistency import Position, _replay_wait, _sql, _wire
 from lsn_consistency._core import Core
 from lsn_consistency._monitor import (
     FIRST_PATIENCE_SECONDS,
+    GATHER_SECONDS,
+    MAX_GATHER_SECONDS,
     MAX_PATIENCE_SECONDS,
     WAITING_POLL_SECONDS,
     Monitor,
 )
 from lsn_consistency._nodes import FIRST_RETRY_SECONDS as RETRY_SECONDS
+from lsn_consistency._nodes import MANY_READS
 from lsn_consistency._observation import Observation, Server
 from lsn_consistency._replay_wait import FIRST_RETRY_SECONDS, IDLE_SECONDS, ReplayWait
 from lsn_consistency._replication import FIRST_PATIENCE_SECONDS as FIRST_SILENCE_SECONDS
@@ -153,6 +156,66 @@ def test_a_monitor_looks_again_as_soon_as_somebody_waits() -> None:
     assert (poll, poll) == (found["idle"], found["the server tells"])
     assert (WAITING_POLL_SECONDS, 0.0) == (found["position"], found["observation"])
     assert 0 < found["failing, observation"] <= RETRY_SECONDS < found["failing"]
+
+
+@pytest.mark.parametrize("many", [MANY_READS - 1, MANY_READS, MANY_READS + 1, 1000])
+def test_many_reads_that_end_share_a_probe_and_few_do_not_wait(many: int) -> None:
+    """The time between probes grows with the reads in flight, up to a limit."""
+    world = World()
+    cluster = world.core.cluster
+
+    async def scenario() -> float:
+        monitor = Monitor("a", _never, world.core)
+        world.core.observed("a", world.seen(1))
+        for _ in range(many):
+            cluster.enter(cluster.nodes["a"], fallback=False)
+        cluster.wait_for_observation("a", world.now + 1, lambda: None)
+        return monitor._interval()
+
+    few = many < MANY_READS
+    expected = 0.0 if few else min(many * GATHER_SECONDS, MAX_GATHER_SECONDS)
+    assert expected == asyncio.run(scenario())
+
+
+def test_a_kick_wakes_only_for_an_earlier_probe() -> None:
+    """Each read that ends kicks: a monitor that will probe no sooner goes on sleeping."""
+    world = World()
+
+    async def scenario() -> tuple[bool, bool]:
+        monitor = Monitor("a", _never, world.core)
+        world.core.observed("a", world.seen(1))
+        monitor._probed_at = world.now
+        monitor._pause_ends = world.now + world.core.poll_seconds
+        monitor.kick()
+        idle = monitor._awake.is_set()
+        world.core.cluster.wait_for_observation("a", world.now + 1, lambda: None)
+        monitor.kick()
+        return idle, monitor._awake.is_set()
+
+    assert (False, True) == asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("version", [_sql.WAIT_FOR_VERSION - 1, _sql.WAIT_FOR_VERSION])
+def test_only_a_server_that_can_wait_is_asked_to(version: int) -> None:
+    """An older one would need another connection each time, to say that it cannot."""
+    world = World()
+    world.version = version
+    world.primary_at(100)
+    world.core.cluster.wait_for_position(Position(SYSTEM, 1, Lsn(50)), lambda: None)
+
+    async def scenario() -> bool:
+        monitor = Monitor("a", world.connect, world.core)
+
+        async def observe() -> Observation:
+            return world.seen(1)
+
+        monitor._observe = observe  # type: ignore[method-assign]
+        await monitor._probe()
+        asked = monitor._replay._task is not None
+        await monitor._replay.stop()
+        return asked
+
+    assert (version >= _sql.WAIT_FOR_VERSION) == asyncio.run(scenario())
 
 
 # The wait for a position
