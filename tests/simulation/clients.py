@@ -362,6 +362,23 @@ class ReadOnce:
         return server.log.timeline > self.timeline
 
     @property
+    def _is_unwarned(self) -> bool:
+        """
+        Tell whether a former primary served a session whose token cannot say that there is another.
+
+        It has a pin, or is full of other systems, but no position of the newer timeline; the
+        process reaches the former primary only; see docs/limits.md.
+        """
+        if self.server is None or not self.server.is_primary:
+            return False
+        held = self.token.get(SYSTEM)
+        timeline = self.server.log.timeline
+        if timeline >= self.world.primary.log.timeline:
+            return False
+        unnamed = held is None or held.timeline <= timeline
+        return unnamed and (self.token.is_full or self.token.pin_until is not None)
+
+    @property
     def _knows_two_primaries(self) -> bool:
         """Tell whether the process has seen two primaries of its newest timeline."""
         cluster = self.process.core.cluster
@@ -445,6 +462,8 @@ class ReadOnce:
         promised = NO_GUARANTEE
         if self._is_misled:
             world.count("reads of a plain role on a replica of an unknown timeline")
+        elif self._is_unwarned:
+            world.count("reads of a former primary without a position")
         elif self.level.advances_on_reads and not route.stale:
             promised = CAUSAL
             if self._has_no_bound(lease):

@@ -92,11 +92,10 @@ class Log:
     def fork(self, timeline: int, at: int) -> Log:
         log = Log(timeline, at, (commit for commit in self.commits if commit.end <= at))
         log.lost |= self.lost
-        # A standby that had not come to the beginning of its timeline leaves an earlier one.
-        for each, end in [*sorted(self.ancestors.items()), (self.timeline, at)]:
-            log.ancestors[each] = min(end, at)
-            if end >= at:
-                break
+        # The file names the timeline that the standby followed, even where its replay had not come
+        # to the beginning of that yet: then both were left at the same place.
+        log.ancestors = {each: min(end, at) for each, end in self.ancestors.items()}
+        log.ancestors[self.timeline] = at
         # The end-of-recovery record.
         log.write()
         log.flush = log.insert

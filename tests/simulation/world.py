@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from lsn_consistency import Consistency, Session, events
-from lsn_consistency.lsn import Lsn
+from lsn_consistency.lsn import Lsn, Position
 from lsn_consistency.testing.checker import Operation, Report, check
 from tests.simulation.clients import Client, ReadOnce, Violated
 from tests.simulation.faults import Faults
@@ -30,7 +30,8 @@ WARM_UP_SECONDS: Final = 0.2
 CATCH_UP_SECONDS: Final = 0.4
 LOOK_SECONDS: Final = 0.1
 SETTLE_SECONDS: Final = 12.0
-REST_SECONDS: Final = PIN_SECONDS + 0.1
+SKEW_SECONDS: Final = 0.3
+REST_SECONDS: Final = PIN_SECONDS + 2 * SKEW_SECONDS + 0.1
 MAX_STEPS: Final = 200_000
 MAX_LAG: Final = 1.2
 TRACED: Final = (
@@ -108,7 +109,7 @@ class World:
                 Random(self.chance.random()),
                 self.shape.options,
                 offset=self.chance.uniform(-50, 500),
-                skew=self.chance.choice((0.0, 0.0, 0.3, -0.3)),
+                skew=self.chance.choice((0.0, 0.0, SKEW_SECONDS, -SKEW_SECONDS)),
                 replication=self.shape.privilege == "replication",
                 count=self.count,
             )
@@ -205,7 +206,8 @@ class World:
         if self.is_split:
             return
         if position.timeline == event.timeline:
-            found = any(to < position.lsn for to in self.went_back.get(position.timeline, ()))
+            went_back = any(to < position.lsn for to in self.went_back.get(position.timeline, ()))
+            found = went_back or self._was_left(position)
         elif position.timeline > event.timeline:
             # It is this primary that was left, not the position.
             found = False
@@ -218,6 +220,19 @@ class World:
             found = any(end < position.lsn for end in ends)
         if not found:
             raise Violated(f"{event} is not lost")
+
+    def _was_left(self, position: Position) -> bool:
+        """
+        Tell whether a position can stand for one of an earlier timeline, which was left before it.
+
+        That of a session which has read from a standby of a newer timeline is named by that one.
+        """
+        logs = [log for log in self.logs if log.timeline == position.timeline]
+        return any(
+            log.insert < position.lsn
+            and any(end < position.lsn for end in log.ancestors.values())
+            for log in logs
+        )
 
     def _replicate(self, server: Server, chance: Random) -> Steps:
         while True:
