@@ -38,7 +38,7 @@ _logger = logging.getLogger("lsn_consistency")
 _LONG_AGO: Final = float("-inf")
 
 FIRST_PATIENCE_SECONDS: Final = 0.5
-MAX_PATIENCE_SECONDS: Final = 30.0
+MAX_PATIENCE_SECONDS: Final = 4.0
 """Times to a new connection to a server that goes on lagging, each twice as long as the last."""
 
 Connect = Callable[..., Awaitable[Any]]
