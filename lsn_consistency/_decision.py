@@ -364,11 +364,29 @@ def _primary(
 ) -> Verdict:
     if cluster.primary is not None and read.primary_error is None:
         return Serve(cluster.primary, reason, primary=True, lost=lost)
-    if required is not None and read.waited:
-        return Fail(ReplayTimeoutError(required, read.waited_seconds))
     if required is not None and not read.waited:
         return Wait(required)
+    if not read.refreshed and (names := _may_be_promoted(cluster)):
+        return Refresh(names)
+    if required is not None:
+        return Fail(ReplayTimeoutError(required, read.waited_seconds))
     return Fail(NoNodeAvailableError(_failures(cluster), no_primary(cluster)))
+
+
+def _may_be_promoted(cluster: Cluster) -> tuple[str, ...]:
+    # A replica on a newer timeline is the word of a newer primary. It can be a server that was down
+    # when it was asked last, and that its monitor looks for only now and then.
+    newest = max((seen.timeline or 0 for seen in _observed_replicas(cluster)), default=0)
+    if newest <= cluster.timeline:
+        return ()
+    unknown = (each for each in cluster.all_nodes if each.newest is None)
+    return tuple(each.name for each in unknown if each is not cluster.primary)
+
+
+def _observed_replicas(cluster: Cluster) -> list[Observation]:
+    observed = (each.newest for each in cluster.all_nodes)
+    ours = (seen for seen in observed if seen is not None and seen.in_recovery)
+    return [seen for seen in ours if seen.server.system_id == cluster.system_id]
 
 
 def no_primary(cluster: Cluster) -> str:

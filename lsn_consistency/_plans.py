@@ -396,7 +396,11 @@ def _served(core: Core, read: Read, verdict: Verdict) -> Plan[Serve]:
         if isinstance(verdict, Refresh):
             read.compared = read.compared or verdict.compare
             read.refreshed = read.refreshed or not verdict.compare
+            primary = core.cluster.primary
             yield from look_again(core, verdict.names)
+            if core.cluster.primary is not primary:
+                # It is another one that had failed.
+                read.primary_error = None
         else:
             left = read.wait_from(core.clock())
             if read.wait_seconds <= 0:

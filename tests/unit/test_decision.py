@@ -251,6 +251,22 @@ def test_with_the_primary_down_and_no_token_reached() -> None:
     )
 
 
+def test_a_replica_on_a_newer_timeline_is_the_word_of_a_primary_that_is_looked_for_once() -> None:
+    """Of the nodes that are unknown, but for the primary that has just failed; then it is over."""
+    known = cluster("a", "b", "c")
+    for name in ("primary", "b"):
+        known.fail(name, "lost", NOW)
+    asked = read(at(1000), primary_error=ERROR, waited=True, waiting_since=0.0)
+    asked.excluded = {"c"}
+    known.record("a", observed("a", at=NOW + 1.0, timeline=2))
+    assert Refresh(("b",)) == ask(known, asked, now=NOW + 1.0)
+    asked.refreshed = True
+    assert isinstance(ask(known, asked, now=NOW + 1.0), Fail)
+    known.record("b", observed("b", at=NOW + 1.0, timeline=2))
+    asked.refreshed = False
+    assert isinstance(ask(known, asked, now=NOW + 1.0), Fail)
+
+
 def test_a_pin_that_ended_while_the_primary_is_down_is_not_forgotten() -> None:
     """Without a lag bound a replica must show a moment after the end of the pin."""
     known = cluster("a")

@@ -566,6 +566,27 @@ def test_with_the_primary_gone_and_the_token_nowhere_the_read_fails() -> None:
     assert error.position == session.token.get(SYSTEM)
 
 
+def test_a_replica_on_a_newer_timeline_has_the_new_primary_looked_for() -> None:
+    """The promoted server was down when it was asked last, and its monitor has given up for now."""
+    world = ready_world()
+    session = Session(token_now(world))
+    old, first, promoted, second = world.servers
+    promoted.stop()
+    old.stop()
+    for _ in range(8):
+        world.probe_all(Random(CHANCE))
+    promoted.alive = True
+    promoted.promote(2)
+    for name, follower in (("a", first), ("c", second)):
+        follower.follow(promoted.log)
+        for _ in range(2):
+            world.pass_time(0.01)
+            world.probe(name, Random(CHANCE))
+    assert world.core.cluster.nodes["b"].newest is None
+    route = open_read(world, session).result.route
+    assert ("b", Reason.TIMELINE_CHANGED) == (route.name, route.reason)
+
+
 def test_with_the_primary_gone_a_replica_with_the_token_serves() -> None:
     """Reads whose token a replica satisfies go on."""
     world = ready_world()
