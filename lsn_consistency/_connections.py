@@ -94,7 +94,17 @@ def look_through(core: Core, conn: Any, facts: Facts) -> Plan[Observation]:
     """
     Observe the server behind a known connection.
     """
-    seen = yield from observe(conn, facts.identity, in_recovery=facts.in_recovery)
+    prepared = None if facts.pooled else facts.prepared
+    seen = yield from observe(
+        conn, facts.identity, in_recovery=facts.in_recovery, prepared=prepared
+    )
+    return seen_through(core, facts, seen)
+
+
+def seen_through(core: Core, facts: Facts, seen: Observation) -> Observation:
+    """
+    Take what a connection has told about its server, and return it completed.
+    """
     facts.answered_at, facts.in_recovery = seen.received_at, seen.in_recovery
     return core.observed(facts.node, seen)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import random as draw
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from lsn_consistency._decision import decide_at_once
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import Settings
 from lsn_consistency._sql import Identity
+from lsn_consistency._steps import Prepared
 from lsn_consistency._verdicts import Read, Serve, Verdict
 from lsn_consistency.consistency import Consistency, effective, innermost
 from lsn_consistency.events import Event, LagExceeded, NodeRecovered, ReadRouted
@@ -45,7 +46,7 @@ class Facts:
     the same server sent since then counts for this connection. ``answered_at`` is when it last
     answered a statement of ours. ``read_only`` tells that the
     session was made read-only by a statement; ``changed``, that the connection's attribute was set
-    for a read, and is ``own_read_only`` by itself.
+    for a read, and is ``own_read_only`` by itself; ``prepared``, which statements of ours it keeps.
     """
 
     node: str
@@ -57,6 +58,7 @@ class Facts:
     read_only: bool = False
     own_read_only: bool | None = None
     changed: bool = False
+    prepared: Prepared = field(default_factory=dict)
 
 
 class Core:

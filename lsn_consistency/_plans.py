@@ -25,6 +25,7 @@ from lsn_consistency._connections import (
     refuse,
     report,
     restore,
+    seen_through,
 )
 from lsn_consistency._core import Core, Facts
 from lsn_consistency._nodes import MANY_READS
@@ -35,8 +36,10 @@ from lsn_consistency._steps import (
     AwaitPosition,
     AwaitTurn,
     Checkout,
+    Commit,
     NodeFailure,
     Plan,
+    commit_and_observe,
     observe,
 )
 from lsn_consistency._verdicts import Fail, Lost, Read, Refresh, Serve, Verdict
@@ -56,9 +59,6 @@ MAX_ATTEMPTS: Final = 16
 CONNECTIONS_TRIED: Final = 3
 MAX_REFUSALS: Final = 4
 RETRY_AFTER_SECONDS: Final = 1.0
-ENTERED_TWICE: Final = (
-    "call read() or write() once for each with block: this one was entered before"
-)
 _NOTHING: Final = Token()
 _FALLBACKS: Final = frozenset(
     {Reason.NOT_CAUGHT_UP, Reason.LAG_EXCEEDED, Reason.NO_REPLICA, Reason.TIMELINE_CHANGED}
@@ -70,7 +70,8 @@ class Lease:
     """
     Hold a connection in use, and why it was given; ``token`` is the session's from before that.
 
-    ``transaction`` is that of a read behind a pooler, ``seen`` its server at the end of that.
+    ``transaction`` is that of a read behind a pooler; ``seen`` is the server at the transaction's
+    end.
     """
 
     node: str
@@ -93,6 +94,11 @@ class Use(Protocol):
     def open(self, core: Core, session: Session) -> Plan[Lease]:
         """
         Take a connection.
+        """
+
+    def commit(self, core: Core, lease: Lease) -> Plan[None] | None:
+        """
+        End a transaction that went well; None where the driver's own commit is all that it takes.
         """
 
     def close(self, core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
@@ -118,6 +124,16 @@ class Reading(NamedTuple):
         if self.node is None:
             return open_read(core, session, read)
         return open_forced(core, session, read, self.node)
+
+    def commit(self, core: Core, lease: Lease) -> Plan[None] | None:
+        """
+        Observe the server of a read that the session advances past.
+        """
+        if lease.transaction is not None:
+            return _look_and_commit(lease)
+        if _shares_probe(core, lease) or not _advances(lease):
+            return None
+        return commit_and_look(lease)
 
     def close(self, core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
         """
@@ -233,6 +249,28 @@ def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lea
     return Lease(name, conn, facts, route, read.level, session.token)
 
 
+def commit_and_look(lease: Lease) -> Plan[None] | None:
+    """
+    Return the plan that commits, and observes the server after it; None if that takes longer.
+    """
+    facts = lease.facts
+    if lease.conn.autocommit or facts.pooled or facts.identity.limited:
+        return None
+    return _commit_and_look(lease)
+
+
+def _commit_and_look(lease: Lease) -> Plan[None]:
+    facts = lease.facts
+    lease.seen = yield from commit_and_observe(
+        lease.conn, facts.identity, in_recovery=facts.in_recovery, prepared=facts.prepared
+    )
+
+
+def _look_and_commit(lease: Lease) -> Plan[None]:
+    yield from last_look(lease)
+    yield Commit(lease.conn)
+
+
 def last_look(lease: Lease) -> Plan[None]:
     """
     Observe the server of a read behind a pooler while the read's transaction still holds it.
@@ -257,7 +295,7 @@ def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool)
     Nothing is raised: a position that cannot be had pins the session. ``interrupted`` says that
     the read was cancelled, and there is no time to ask anybody.
     """
-    if lease.level.advances_on_reads or lease.route.reason is Reason.TIMELINE_CHANGED:
+    if _advances(lease):
         yield from or_pinned(core, session, _close_read(core, session, lease, interrupted))
     elif core.is_given(lease.node):
         yield from _give_back(core, lease, asks=False)
@@ -267,15 +305,13 @@ def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool)
 
 
 def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:
-    node = core.cluster.nodes[lease.node]
     started = core.clock()
-    # Of many reads those that end together share one probe; few ask on their own connections,
-    # which takes less time. Behind a pooler neither reaches the same server for certain.
-    shares = node.in_flight >= MANY_READS and not node.hides_servers
-    asks = not (interrupted or shares or lease.facts.pooled)
+    known = lease.seen
+    shares = known is None and _shares_probe(core, lease)
+    asks = not (interrupted or shares or lease.facts.pooled or known is not None)
     seen = yield from _give_back(core, lease, asks=asks)
-    if lease.seen is not None:
-        seen = core.observed(lease.node, lease.seen)
+    if known is not None:
+        seen = seen_through(core, lease.facts, known)
     if interrupted:
         pin(core, session, "the read was interrupted")
         return
@@ -284,6 +320,17 @@ def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -
         if seen is not None and seen.server != lease.facts.identity.server:
             seen = None
     yield from advance_past_read(core, session, seen, lease.token, started)
+
+
+def _advances(lease: Lease) -> bool:
+    return lease.level.advances_on_reads or lease.route.reason is Reason.TIMELINE_CHANGED
+
+
+def _shares_probe(core: Core, lease: Lease) -> bool:
+    # Of many reads those that end together share one probe; few ask on their own connections,
+    # which takes less time. Behind a pooler neither reaches the same server for certain.
+    node = core.cluster.nodes[lease.node]
+    return node.in_flight >= MANY_READS and not node.hides_servers
 
 
 def _give_back(core: Core, lease: Lease, *, asks: bool) -> Plan[Observation | None]:

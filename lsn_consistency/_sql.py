@@ -64,6 +64,15 @@ PROBE_STANDBY: Final = ", ".join([_ALWAYS, *(standby for standby, _ in _COLUMNS)
 PROBE_PRIMARY: Final = ", ".join([_ALWAYS, *(primary for _, primary in _COLUMNS)]).encode()
 """Observe a server that was a primary, which it stays for as long as it runs."""
 
+PREPARED_NAMES: Final = {
+    PROBE_STANDBY: b"lsn_consistency_standby",
+    PROBE_PRIMARY: b"lsn_consistency_primary",
+}
+"""What a connection that is asked often keeps prepared: to plan takes longer than to answer."""
+
+NOT_PREPARED: Final = frozenset({"26000", "42P05"})
+"""SQLSTATEs of a statement that was deallocated, and of one that is there without being known."""
+
 IDENTIFY: Final = ", ".join(
     [
         _ALWAYS,
@@ -93,6 +102,7 @@ IN_RECOVERY: Final = "55000"
 BEGIN_READ_COMMITTED: Final = b"begin isolation level read committed read only"
 """Behind a pooler, check and read share one transaction, whose every statement is fresh."""
 
+COMMIT: Final = b"commit"
 ROLLBACK: Final = b"rollback"
 
 WAIT_FOR_VERSION: Final = 19_00_00

@@ -20,6 +20,8 @@ from lsn_consistency.lsn import Position, TimelineHistory
 
 _Result = TypeVar("_Result")
 Plan = Generator["Step", Any, _Result]
+Prepared = dict[bytes, bool]
+"""Which statements a connection has prepared; False for one that must not be prepared again."""
 
 
 class NodeFailure(Exception):
@@ -65,12 +67,27 @@ class Fetch(NamedTuple):
     """
     Run one statement of `_sql` on a connection within ``probe_timeout``; gives a `Reply`.
 
-    ``simple`` asks for the simple query protocol, the only one of a replication connection.
+    ``simple`` asks for the simple query protocol, the only one of a replication connection;
+    ``prepared`` is what its connection keeps prepared, None for nothing.
     """
 
     conn: Any
     statement: bytes
     simple: bool = False
+    prepared: Prepared | None = None
+
+
+class Commit(NamedTuple):
+    """
+    Commit a connection's transaction, and ask a statement after it if that takes no more time.
+
+    Gives a `Reply`, or None if it was not asked or not answered. The driver's own error is thrown
+    when the transaction does not commit.
+    """
+
+    conn: Any
+    statement: bytes | None = None
+    prepared: Prepared | None = None
 
 
 class SetReadOnly(NamedTuple):
@@ -156,6 +173,7 @@ Step = (
     Checkout
     | Return
     | Fetch
+    | Commit
     | SetReadOnly
     | AwaitPosition
     | AwaitObservation
@@ -170,6 +188,7 @@ METHODS: Final[Mapping[type, str]] = {
     Checkout: "_checkout",
     Return: "_return",
     Fetch: "_fetch",
+    Commit: "_commit",
     SetReadOnly: "_set_read_only",
     AwaitPosition: "_await_position",
     AwaitObservation: "_await_observation",
@@ -212,7 +231,26 @@ def identify(conn: Any, *, limited: bool = False) -> Plan[tuple[Identity, Observ
         raise _unreadable(error) from error
 
 
-def observe(conn: Any, identity: Identity, *, in_recovery: bool) -> Plan[Observation]:
+def commit_and_observe(
+    conn: Any, identity: Identity, *, in_recovery: bool, prepared: Prepared
+) -> Plan[Observation | None]:
+    """
+    Commit a connection's transaction and observe its server after it, None if that takes longer.
+    """
+    statement = _sql.PROBE_STANDBY if in_recovery else _sql.PROBE_PRIMARY
+    reply: Reply | None = yield Commit(conn, statement, prepared)
+    try:
+        if reply is None or _sql.is_in_recovery(reply.row) != in_recovery:
+            return None
+        return _sql.read_observation(identity, *reply)
+    except ValueError:
+        # The transaction is committed all the same.
+        return None
+
+
+def observe(
+    conn: Any, identity: Identity, *, in_recovery: bool, prepared: Prepared | None = None
+) -> Plan[Observation]:
     """
     Observe the server behind a connection whose identity is known, and its role of before.
     """
@@ -222,7 +260,7 @@ def observe(conn: Any, identity: Identity, *, in_recovery: bool) -> Plan[Observa
         return seen
     try:
         statement = _sql.PROBE_STANDBY if in_recovery else _sql.PROBE_PRIMARY
-        reply: Reply = yield Fetch(conn, statement)
+        reply: Reply = yield Fetch(conn, statement, prepared=prepared)
     except NodeFailure as failure:
         if failure.state != _sql.IN_RECOVERY:
             raise

@@ -1,5 +1,5 @@
 """
-One statement on one connection, within a deadline, below psycopg's cursors.
+Statements of this package on one connection, within a deadline, below psycopg's cursors.
 
 The statements of this package must not open a transaction, must not depend on the user's row
 factories, and must end in time even when the server is frozen: a cursor promises none of these,
@@ -11,35 +11,28 @@ receive next is unknown.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import select
 import socket
-from collections.abc import Iterator
 from time import monotonic
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
-from psycopg import Error, OperationalError, capabilities, pq
+from psycopg import AsyncConnection, Connection, Error, OperationalError, capabilities, pq
 
+from lsn_consistency._protocol import CommitAndAsk, Need, RefusedError, ask, can_pipeline
 from lsn_consistency._retries import Ended
 from lsn_consistency._sql import Row
-from lsn_consistency._steps import Fetch, NodeFailure, Plan, Reply
+from lsn_consistency._steps import Commit, Fetch, NodeFailure, Plan, Reply
 
 _Result = TypeVar("_Result")
-Need = Literal["read", "write"]
-
 _MESSAGES_BEFORE_END: Final = 16
 
 # Behind a pooler the check is part of the transaction that reads.
 _BETWEEN_STATEMENTS = (pq.TransactionStatus.IDLE, pq.TransactionStatus.INTRANS)
-
-
-class RefusedError(OperationalError):
-    """
-    The server refused a statement of this package; ``state`` is its SQLSTATE.
-    """
-
-    def __init__(self, message: str, state: str | None) -> None:
-        super().__init__(message)
-        self.state = state
+_OWN_COMMITS: Final = (
+    (Connection.commit, Connection.__exit__),
+    (AsyncConnection.commit, AsyncConnection.__aexit__),
+)
 
 
 def fetch(step: Fetch, timeout: float) -> Reply:
@@ -53,7 +46,7 @@ def fetch(step: Fetch, timeout: float) -> Reply:
     sent_at = monotonic()
     deadline = sent_at + timeout
     try:
-        for need in _exchange(pgconn, step, rows):
+        for need in ask(pgconn, step, rows):
             left = deadline - monotonic()
             if left <= 0 or not _wait(pgconn.socket, need, left):
                 raise TimeoutError
@@ -72,11 +65,95 @@ async def fetch_async(step: Fetch, timeout: float) -> Reply:
     loop = asyncio.get_running_loop()
     ends = loop.time() + timeout
     try:
-        for need in _exchange(pgconn, step, rows):
+        for need in ask(pgconn, step, rows):
             await _ready(loop, pgconn.socket, need, ends)
     except BaseException as error:
         raise _failure(pgconn, error, timeout) from None
     return Reply(rows[-1], pgconn.backend_pid, sent_at, monotonic())
+
+
+def can_ask_at_commit(conn: Any) -> bool:
+    """
+    Tell whether a connection's commit is psycopg's own, and a question can go with it.
+    """
+    kind, pgconn = type(conn), conn.pgconn
+    return (
+        (kind.commit, getattr(kind, "__aexit__", None) or kind.__exit__) in _OWN_COMMITS
+        and pgconn.transaction_status == pq.TransactionStatus.INTRANS
+        and can_pipeline(pgconn)
+        # What psycopg's commit() refuses: the end of a block, or of a two-phase transaction.
+        and getattr(conn, "_num_transactions", None) == 0
+        and getattr(conn, "_tpc", False) is None
+    )
+
+
+def commit(step: Commit, timeout: float) -> Reply | None:
+    """
+    Commit a blocking connection's transaction, and ask right after it, in one round trip.
+
+    The question has ``timeout`` seconds from the commit's end on; None says that it has failed.
+    Raises what psycopg's ``commit()`` raises. Interrupted, it has the server cancel the commit's
+    wait for a standby, as psycopg does, and closes the connection.
+    """
+    conn, pgconn = step.conn, step.conn.pgconn
+    with conn.lock:
+        exchange = CommitAndAsk(pgconn, step)
+        sent_at = monotonic()
+        ends: float | None = None
+        try:
+            for need in exchange.needs():
+                if ends is None and exchange.is_answered:
+                    ends = monotonic() + timeout
+                left = None if ends is None else max(0.0, ends - monotonic())
+                if not _wait(pgconn.socket, need, left):
+                    raise TimeoutError
+        except BaseException as error:
+            if not isinstance(error, Exception) and not exchange.is_answered:
+                cancel(conn, timeout)
+            if raised := _ended(conn, exchange, error):
+                raise raised from None
+            return None
+        return _committed(conn, exchange, sent_at)
+
+
+async def commit_async(step: Commit, timeout: float) -> Reply | None:
+    """
+    Commit an async connection's transaction; otherwise the same as `commit`.
+    """
+    conn, pgconn = step.conn, step.conn.pgconn
+    loop = asyncio.get_running_loop()
+    async with conn.lock:
+        exchange = CommitAndAsk(pgconn, step)
+        sent_at = monotonic()
+        ends: float | None = None
+        try:
+            for need in exchange.needs():
+                if ends is None and exchange.is_answered:
+                    ends = loop.time() + timeout
+                await _ready(loop, pgconn.socket, need, ends)
+        except BaseException as error:
+            if not isinstance(error, Exception) and not exchange.is_answered:
+                await cancel_async(conn, timeout)
+            if raised := _ended(conn, exchange, error):
+                raise raised from None
+            return None
+        return _committed(conn, exchange, sent_at)
+
+
+def _committed(conn: Any, exchange: CommitAndAsk, sent_at: float) -> Reply | None:
+    if refused := exchange.refusal(conn.info.encoding):
+        raise refused
+    row = exchange.row()
+    return None if row is None else Reply(row, conn.pgconn.backend_pid, sent_at, monotonic())
+
+
+def _ended(conn: Any, exchange: CommitAndAsk, error: BaseException) -> BaseException | None:
+    # What the connection would receive next is unknown.
+    refused = exchange.refusal(conn.info.encoding)
+    conn.pgconn.finish()
+    if not isinstance(error, Exception):
+        return error
+    return refused if exchange.is_answered else refused or error
 
 
 async def run_async(plan: Plan[_Result], timeout: float) -> _Result:
@@ -153,6 +230,15 @@ def cancel(conn: Any, seconds: float) -> bool:
     return True
 
 
+async def cancel_async(conn: Any, seconds: float) -> None:
+    """
+    Have the server cancel what an async connection runs, if it lets itself be told in time.
+    """
+    if can_cancel():
+        with contextlib.suppress(Error):
+            await conn.cancel_safe(timeout=seconds)
+
+
 def cut(conn: Any) -> None:
     """
     End the stream of a connection under whoever uses it: it finds that its server has gone.
@@ -196,65 +282,29 @@ def _failure(pgconn: Any, error: BaseException, timeout: float) -> BaseException
     return NodeFailure(error) if isinstance(error, Exception) else error
 
 
-def _exchange(pgconn: Any, step: Fetch, rows: list[Row]) -> Iterator[Need]:
-    # The extended protocol takes one statement only. Both give text columns.
-    if step.simple:
-        pgconn.send_query(step.statement)
-    else:
-        pgconn.send_query_params(step.statement, None)
-    while pgconn.flush():
-        yield "write"
-    failure: RefusedError | None = None
-    while True:
-        while pgconn.is_busy():
-            yield "read"
-            pgconn.consume_input()
-        result = pgconn.get_result()
-        if result is None:
-            break
-        if result.status == pq.ExecStatus.FATAL_ERROR:
-            failure = failure or _refusal(result)
-        elif result.ntuples:
-            rows.append(_text(result))
-    if pgconn.status != pq.ConnStatus.OK:
-        raise OperationalError(str(failure or "the connection is lost"))
-    if failure is not None:
-        raise failure
-
-
-def _text(result: Any) -> Row:
-    values = [result.get_value(0, column) for column in range(result.nfields)]
-    return [None if value is None else value.decode("utf-8", "replace") for value in values]
-
-
-def _refusal(result: Any) -> RefusedError:
-    state = result.error_field(pq.DiagnosticField.SQLSTATE)
-    message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"the server gave no reason"
-    return RefusedError(
-        message.decode("utf-8", "replace"), None if state is None else state.decode("ascii")
-    )
-
-
-def _wait(number: int, need: Need, seconds: float) -> bool:
+def _wait(number: int, need: Need, seconds: float | None) -> bool:
     poll = select.poll()
     poll.register(number, select.POLLIN if need == "read" else select.POLLOUT)
-    return bool(poll.poll(seconds * 1000))
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
-async def _ready(loop: asyncio.AbstractEventLoop, number: int, need: Need, ends: float) -> None:
+async def _ready(
+    loop: asyncio.AbstractEventLoop, number: int, need: Need, ends: float | None
+) -> None:
     ready: asyncio.Future[None] = loop.create_future()
     add, remove = (
         (loop.add_reader, loop.remove_reader)
         if need == "read"
         else (loop.add_writer, loop.remove_writer)
     )
-    timer = loop.call_at(ends, _expire, ready)
+    timer = None if ends is None else loop.call_at(ends, _expire, ready)
     add(number, _wake, ready)
     try:
         await ready
     finally:
         remove(number)
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
 
 
 def _wake(ready: asyncio.Future[None]) -> None:

@@ -12,12 +12,13 @@ from lsn_consistency._connections import (
     look_through,
     make_writable,
     report,
+    seen_through,
 )
 from lsn_consistency._core import Core
 from lsn_consistency._decision import no_primary
 from lsn_consistency._lineage import named_timeline, primary_timeline
 from lsn_consistency._observation import Observation
-from lsn_consistency._plans import CONNECTIONS_TRIED, Lease
+from lsn_consistency._plans import CONNECTIONS_TRIED, Lease, commit_and_look
 from lsn_consistency._positions import advance_past_primary, advance_to, or_pinned, pin
 from lsn_consistency._steps import AwaitObservation, NodeFailure, Plan, Return
 from lsn_consistency._verdicts import Serve
@@ -39,6 +40,12 @@ class Writing:
         """
         _retries.note_write()
         return open_write(core, session)
+
+    def commit(self, core: Core, lease: Lease) -> Plan[None] | None:
+        """
+        Take the position together with the commit.
+        """
+        return None if lease.level.name == "sticky" else commit_and_look(lease)
 
     def close(self, core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
         """
@@ -105,7 +112,9 @@ def _close_write(core: Core, session: Session, lease: Lease, interrupted: bool) 
     if sticky:
         session.pin(core.unix_clock() + (lease.level.seconds or 0.0))
     try:
-        if not interrupted and not sticky:
+        if lease.seen is not None:
+            seen = seen_through(core, lease.facts, lease.seen)
+        elif not interrupted and not sticky:
             seen = yield from look_through(core, lease.conn, lease.facts)
     except NodeFailure as failure:
         report(core, lease.node, failure)

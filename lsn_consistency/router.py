@@ -9,7 +9,6 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from time import monotonic
-from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import psycopg
@@ -17,16 +16,17 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 
 from lsn_consistency import _connections, _plans, _retries, _steps, _wire, _writes
 from lsn_consistency._base import BaseRouter
+from lsn_consistency._blocks import Block
 from lsn_consistency._core import Core
 from lsn_consistency._monitor import Monitor, MonitorThread
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import RouterOptions
-from lsn_consistency._waiters import Waiter
+from lsn_consistency._waiting import wait
 from lsn_consistency._workers import Threads
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import ConfigurationError
 from lsn_consistency.route import Route
-from lsn_consistency.session import Session, current_session
+from lsn_consistency.session import current_session
 from lsn_consistency.tokens import Token
 
 _Result = TypeVar("_Result")
@@ -116,7 +116,7 @@ class Router(Threads, BaseRouter):
 
         Raises a `RoutingError` when nothing may serve the read.
         """
-        return _Block(self, _plans.Reading(token, consistency, node))
+        return Block(self, _plans.Reading(token, consistency, node))
 
     def write(self) -> AbstractContextManager[Connection]:
         """
@@ -129,7 +129,7 @@ class Router(Threads, BaseRouter):
         Raises the driver's own error when the primary is down, and `NoNodeAvailableError` when no
         node is the primary. Writes are never repeated.
         """
-        return _Block(self, _writes.Writing())
+        return Block(self, _writes.Writing())
 
     def choose(
         self,
@@ -224,7 +224,7 @@ class Router(Threads, BaseRouter):
         self._start_workers()
         ends = monotonic() + self._settings.open_timeout
         for waiter, event in zip(waiters, events, strict=True):
-            _wait(core, waiter, event, ends - monotonic())
+            wait(core, waiter, event, ends - monotonic())
         for name, pool in pools.items():
             if not self._is_given(name):
                 pool.open(wait=False)
@@ -313,6 +313,12 @@ class Router(Threads, BaseRouter):
     def _fetch(self, step: _steps.Fetch) -> _steps.Reply:
         return _wire.fetch(step, self._settings.probe_timeout)
 
+    def _commit(self, step: _steps.Commit) -> _steps.Reply | None:
+        if step.statement is None or not _wire.can_ask_at_commit(step.conn):
+            step.conn.__exit__(None, None, None)
+            return None
+        return _wire.commit(step, self._settings.probe_timeout)
+
     def _set_read_only(self, step: _steps.SetReadOnly) -> None:
         step.conn.set_read_only(step.value)
 
@@ -322,7 +328,7 @@ class Router(Threads, BaseRouter):
         waiter = core.cluster.wait_for_position(step.required, event.set, step.since)
         for name in self._sources:
             self._kick(name)
-        _wait(core, waiter, event, step.seconds)
+        wait(core, waiter, event, step.seconds)
 
     def _await_observation(self, step: _steps.AwaitObservation) -> Observation | None:
         core = self._core
@@ -335,68 +341,14 @@ class Router(Threads, BaseRouter):
         event = threading.Event()
         waiter = core.cluster.wait_for_observation(step.node, step.after, event.set)
         self._kick(step.node)
-        _wait(core, waiter, event, step.seconds)
+        wait(core, waiter, event, step.seconds)
         return waiter.seen
 
     def _await_turn(self, step: _steps.AwaitTurn) -> None:
         core = self._running()
         event = threading.Event()
-        _wait(core, core.cluster.wait_for_fallback(event.set), event, step.seconds)
+        wait(core, core.cluster.wait_for_fallback(event.set), event, step.seconds)
 
     def _kick(self, name: str) -> None:
         if self._monitors is not None:
             self._monitors.kick(name)
-
-
-class _Block:
-    """
-    Lend a connection for the time of one ``with`` block.
-    """
-
-    __slots__ = ("_core", "_lease", "_router", "_session", "_use")
-
-    _core: Core
-    _session: Session
-
-    def __init__(self, router: Router, use: _plans.Use) -> None:
-        self._router = router
-        self._use = use
-        self._lease: _plans.Lease | None = None
-
-    def __enter__(self) -> Any:
-        if self._lease is not None:
-            raise ConfigurationError(_plans.ENTERED_TWICE)
-        self._core = self._router._running()
-        self._session = current_session()
-        self._lease = self._router._run(self._use.open(self._core, self._session))
-        return self._lease.conn
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        lease = self._lease
-        assert lease is not None
-        interrupted = kind is not None and not issubclass(kind, Exception)
-        try:
-            if kind is None:
-                with lease.conn:
-                    if lease.transaction is not None:
-                        self._router._run(_plans.last_look(lease))
-            else:
-                lease.conn.__exit__(kind, error, trace)
-        except BaseException as ending:
-            interrupted = interrupted or not isinstance(ending, Exception)
-            raise
-        finally:
-            close = self._use.close(self._core, self._session, lease, interrupted=interrupted)
-            self._router._run(close)
-
-
-def _wait(core: Core, waiter: Waiter, event: threading.Event, seconds: float) -> None:
-    try:
-        event.wait(max(0.0, seconds))
-    finally:
-        core.cluster.give_up(waiter)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import psycopg
@@ -15,16 +14,17 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from lsn_consistency import _connections, _plans, _retries, _steps, _wire, _writes
 from lsn_consistency._base import BaseRouter
+from lsn_consistency._blocks import AsyncBlock
 from lsn_consistency._core import Core
 from lsn_consistency._monitor import Monitor
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import RouterOptions
-from lsn_consistency._waiters import Waiter
+from lsn_consistency._waiting import AsyncWaiting
 from lsn_consistency._workers import Tasks
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import ConfigurationError
 from lsn_consistency.route import Route
-from lsn_consistency.session import Session, current_session
+from lsn_consistency.session import current_session
 from lsn_consistency.tokens import Token
 
 _Result = TypeVar("_Result")
@@ -109,7 +109,7 @@ class AsyncRouter(Tasks, BaseRouter):
 
         Raises a `RoutingError` when nothing may serve the read.
         """
-        return _Block(self, _plans.Reading(token, consistency, node))
+        return AsyncBlock(self, _plans.Reading(token, consistency, node))
 
     def write(self) -> AbstractAsyncContextManager[Connection]:
         """
@@ -122,7 +122,7 @@ class AsyncRouter(Tasks, BaseRouter):
         Raises the driver's own error when the primary is down, and `NoNodeAvailableError` when no
         node is the primary. Writes are never repeated.
         """
-        return _Block(self, _writes.Writing())
+        return AsyncBlock(self, _writes.Writing())
 
     async def choose(
         self,
@@ -302,12 +302,18 @@ class AsyncRouter(Tasks, BaseRouter):
     async def _fetch(self, step: _steps.Fetch) -> _steps.Reply:
         return await _wire.fetch_async(step, self._settings.probe_timeout)
 
+    async def _commit(self, step: _steps.Commit) -> _steps.Reply | None:
+        if step.statement is None or not _wire.can_ask_at_commit(step.conn):
+            await step.conn.__aexit__(None, None, None)
+            return None
+        return await _wire.commit_async(step, self._settings.probe_timeout)
+
     async def _set_read_only(self, step: _steps.SetReadOnly) -> None:
         await step.conn.set_read_only(step.value)
 
     def _await_position(self, step: _steps.AwaitPosition) -> Awaitable[Observation | None]:
         core = self._running()
-        waiting = _Waiting(core)
+        waiting = AsyncWaiting(core)
         waiting.waiter = core.cluster.wait_for_position(step.required, waiting.end, step.since)
         for name in self._sources:
             self._kick(name)
@@ -326,111 +332,17 @@ class AsyncRouter(Tasks, BaseRouter):
     def _observed(
         self, core: Core, name: str, after: float, seconds: float
     ) -> Awaitable[Observation | None]:
-        waiting = _Waiting(core)
+        waiting = AsyncWaiting(core)
         waiting.waiter = core.cluster.wait_for_observation(name, after, waiting.end)
         self._kick(name)
         return waiting.within(seconds)
 
     def _await_turn(self, step: _steps.AwaitTurn) -> Awaitable[Observation | None]:
         core = self._running()
-        waiting = _Waiting(core)
+        waiting = AsyncWaiting(core)
         waiting.waiter = core.cluster.wait_for_fallback(waiting.end)
         return waiting.within(step.seconds)
 
     def _kick(self, name: str) -> None:
         if name in self._monitors:
             self._monitors[name].kick()
-
-
-class _Waiting(asyncio.Future[Observation | None]):
-    """
-    Be awaited until a waiter is released, for some seconds at most; then its place is given up.
-    """
-
-    __slots__ = ("_core", "_timer", "waiter")
-
-    def __init__(self, core: Core) -> None:
-        super().__init__(loop=asyncio.get_running_loop())
-        self._core = core
-        self._timer: asyncio.TimerHandle | None = None
-        self.waiter: Waiter | None = None
-
-    def within(self, seconds: float) -> Self:
-        """
-        End after so many seconds, unless that has happened already.
-        """
-        if not self.done():
-            wake = self.end if self.waiter is None else self.waiter.wake
-            self._timer = self.get_loop().call_later(max(0.0, seconds), wake)
-        return self
-
-    def end(self) -> None:
-        """
-        Wake who awaits this, with the observation that released it or None.
-        """
-        if not self.done():
-            self.set_result(self._leave())
-
-    def cancel(self, msg: Any = None) -> bool:
-        """
-        Give up the place of a task that is cancelled.
-        """
-        if not self.done():
-            self._leave()
-        return super().cancel(msg)
-
-    def _leave(self) -> Observation | None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self.waiter is None:
-            return None
-        if self.waiter.active:
-            self._core.cluster.give_up(self.waiter)
-        return self.waiter.seen
-
-
-class _Block:
-    """
-    Lend a connection for the time of one ``async with`` block.
-    """
-
-    __slots__ = ("_core", "_lease", "_router", "_session", "_use")
-
-    _core: Core
-    _session: Session
-
-    def __init__(self, router: AsyncRouter, use: _plans.Use) -> None:
-        self._router = router
-        self._use = use
-        self._lease: _plans.Lease | None = None
-
-    async def __aenter__(self) -> Any:
-        if self._lease is not None:
-            raise ConfigurationError(_plans.ENTERED_TWICE)
-        self._core = self._router._running()
-        self._session = current_session()
-        self._lease = await self._router._run(self._use.open(self._core, self._session))
-        return self._lease.conn
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        lease = self._lease
-        assert lease is not None
-        interrupted = kind is not None and not issubclass(kind, Exception)
-        try:
-            if kind is None:
-                async with lease.conn:
-                    if lease.transaction is not None:
-                        await self._router._run(_plans.last_look(lease))
-            else:
-                await lease.conn.__aexit__(kind, error, trace)
-        except BaseException as ending:
-            interrupted = interrupted or not isinstance(ending, Exception)
-            raise
-        finally:
-            close = self._use.close(self._core, self._session, lease, interrupted=interrupted)
-            await self._router._run(close)

@@ -230,8 +230,7 @@ class World:
         """
         logs = [log for log in self.logs if log.timeline == position.timeline]
         return any(
-            log.insert < position.lsn
-            and any(end < position.lsn for end in log.ancestors.values())
+            log.insert < position.lsn and any(end < position.lsn for end in log.ancestors.values())
             for log in logs
         )
 

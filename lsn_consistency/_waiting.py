@@ -1,0 +1,70 @@
+"""
+How a read or a write waits for a waiter to be released: a thread, or a task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any, Self
+
+from lsn_consistency._core import Core
+from lsn_consistency._observation import Observation
+from lsn_consistency._waiters import Waiter
+
+
+def wait(core: Core, waiter: Waiter, event: threading.Event, seconds: float) -> None:
+    """
+    Wait until a waiter sets its event, for some seconds at most; then its place is given up.
+    """
+    try:
+        event.wait(max(0.0, seconds))
+    finally:
+        core.cluster.give_up(waiter)
+
+
+class AsyncWaiting(asyncio.Future[Observation | None]):
+    """
+    Be awaited until a waiter is released, for some seconds at most; then its place is given up.
+    """
+
+    __slots__ = ("_core", "_timer", "waiter")
+
+    def __init__(self, core: Core) -> None:
+        super().__init__(loop=asyncio.get_running_loop())
+        self._core = core
+        self._timer: asyncio.TimerHandle | None = None
+        self.waiter: Waiter | None = None
+
+    def within(self, seconds: float) -> Self:
+        """
+        End after so many seconds, unless that has happened already.
+        """
+        if not self.done():
+            wake = self.end if self.waiter is None else self.waiter.wake
+            self._timer = self.get_loop().call_later(max(0.0, seconds), wake)
+        return self
+
+    def end(self) -> None:
+        """
+        Wake who awaits this, with the observation that released it or None.
+        """
+        if not self.done():
+            self.set_result(self._leave())
+
+    def cancel(self, msg: Any = None) -> bool:
+        """
+        Give up the place of a task that is cancelled.
+        """
+        if not self.done():
+            self._leave()
+        return super().cancel(msg)
+
+    def _leave(self) -> Observation | None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.waiter is None:
+            return None
+        if self.waiter.active:
+            self._core.cluster.give_up(self.waiter)
+        return self.waiter.seen
