@@ -63,6 +63,21 @@ def ready(core: Core, read: Read, serve: Serve, conn: Any) -> tuple[Facts, Obser
     return (facts, known) if core.admits(read, serve, known) else None
 
 
+def ready_to_write(core: Core, conn: Any, named: int) -> Facts | None:
+    """
+    Return what is known of a connection that may write as it is; None asks for a `look`.
+
+    ``named`` is the timeline that its primary must have reached.
+    """
+    facts = core.facts_of(conn)
+    if facts is None or facts.changed or facts.read_only:
+        return None
+    known = core.usable(facts, core.clock())
+    if known is None or not core.cluster.is_primary(known) or (known.timeline or 0) < named:
+        return None
+    return facts
+
+
 def look(
     core: Core, read: Read | None, serve: Serve, conn: Any
 ) -> Plan[tuple[Facts, Observation, bool]]:

@@ -40,7 +40,7 @@ def _advance(session: Session, position: Position) -> None:
     # On a quiet cluster reads see the same position again and again.
     held = session.token.get(position.system_id)
     if held is None or position > held:
-        session.advance(Token([position]))
+        session.advance(Token._trusted({position.system_id: position}, None))
 
 
 def _own_position(core: Core, seen: Observation, lsn: Lsn | None, held: Token) -> Position | None:

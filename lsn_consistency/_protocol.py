@@ -18,6 +18,7 @@ from lsn_consistency._steps import Commit, Fetch, Prepared
 
 Need = Literal["read", "write"]
 _Send = Callable[[], None]
+_Answers = list[list[Any]]
 
 _HAS_PIPELINE: Final = capabilities.has_pipeline()
 
@@ -48,11 +49,10 @@ def ask(pgconn: Any, step: Fetch, rows: list[Row]) -> Iterator[Need]:
     if step.prepared is None or not can_pipeline(pgconn):
         yield from _ask_alone(pgconn, step, rows)
         return
-    answers: list[list[Any]] = []
-    question = _question(pgconn, step.statement, step.prepared)
-    yield from _exchange(pgconn, [question], answers)
+    answers: _Answers = []
+    yield from _exchange(pgconn, _question(pgconn, step.statement, step.prepared), answers)
     try:
-        rows.append(_answer(answers[0], step.statement, step.prepared))
+        rows.append(_answer(answers, step.statement, step.prepared))
     except RefusedError as refused:
         if refused.state not in NOT_PREPARED:
             raise
@@ -63,8 +63,9 @@ class CommitAndAsk:
     """
     Send COMMIT and a statement in one round trip.
 
-    Each ends with a Sync of its own, so the statement runs after the commit is complete, in a
-    transaction of its own (the protocol's "Pipelining").
+    A server completes a COMMIT before it looks at the next message, and runs what follows in a
+    transaction of its own (`exec_execute_message` in postgres.c). What follows a COMMIT that fails
+    it leaves out.
     """
 
     __slots__ = ("_answers", "_pgconn", "_step")
@@ -72,16 +73,16 @@ class CommitAndAsk:
     def __init__(self, pgconn: Any, step: Commit) -> None:
         self._pgconn = pgconn
         self._step = step
-        self._answers: list[list[Any]] = []
+        self._answers: _Answers = []
 
     def needs(self) -> Iterator[Need]:
         """
         Send both and receive what comes back.
         """
         assert self._step.statement is not None
-        commit = [partial(self._pgconn.send_query_params, COMMIT, None)]
+        commit = partial(self._pgconn.send_query_params, COMMIT, None)
         question = _question(self._pgconn, self._step.statement, self._step.prepared)
-        yield from _exchange(self._pgconn, [commit, question], self._answers)
+        yield from _exchange(self._pgconn, [commit, *question], self._answers)
 
     @property
     def is_answered(self) -> bool:
@@ -90,12 +91,14 @@ class CommitAndAsk:
         """
         return len(self._answers) > 1
 
-    def refusal(self, encoding: str) -> BaseException | None:
+    def refusal(self) -> BaseException | None:
         """
         Return what psycopg raises for the server's answer to COMMIT, None if that went well.
         """
-        failed = _first_failure(self._answers[0]) if self._answers else None
-        return None if failed is None else errors.error_from_result(failed, encoding=encoding)
+        failed = _first_failure(self._answers[:1])
+        if failed is None:
+            return None
+        return errors.error_from_result(failed, encoding=self._step.conn.info.encoding)
 
     def row(self) -> Row | None:
         """
@@ -103,7 +106,7 @@ class CommitAndAsk:
         """
         assert self._step.statement is not None
         try:
-            return _answer(self._answers[1], self._step.statement, self._step.prepared)
+            return _answer(self._answers[1:], self._step.statement, self._step.prepared)
         except RefusedError:
             return None
 
@@ -134,30 +137,29 @@ def _ask_alone(pgconn: Any, step: Fetch, rows: list[Row]) -> Iterator[Need]:
         raise failure
 
 
-def _exchange(
-    pgconn: Any, groups: Sequence[Sequence[_Send]], answers: list[list[Any]]
-) -> Iterator[Need]:
-    # A list of answers is begun when the one before it has ended.
+def _exchange(pgconn: Any, sends: Sequence[_Send], answers: _Answers) -> Iterator[Need]:
+    # The answer of each statement is begun when the one before it has ended.
     pgconn.enter_pipeline_mode()
-    for group in groups:
-        for send in group:
-            send()
-        pgconn.pipeline_sync()
+    for send in sends:
+        send()
+    pgconn.pipeline_sync()
     while pgconn.flush():
         yield "write"
-    for _ in groups:
-        answers.append([])
-        while True:
-            while pgconn.is_busy():
-                yield "read"
-                pgconn.consume_input()
-            result = pgconn.get_result()
-            if result is not None and result.status == pq.ExecStatus.PIPELINE_SYNC:
-                break
-            if result is not None:
-                answers[-1].append(result)
-            if pgconn.status != pq.ConnStatus.OK:
-                raise OperationalError(str(_lost(answers[-1])))
+    answers.append([])
+    while True:
+        while pgconn.is_busy():
+            yield "read"
+            pgconn.consume_input()
+        result = pgconn.get_result()
+        if pgconn.status != pq.ConnStatus.OK:
+            answers[-1] += [] if result is None else [result]
+            raise OperationalError(str(_lost(answers[-1:])))
+        if result is None:
+            answers.append([])
+        elif result.status == pq.ExecStatus.PIPELINE_SYNC:
+            break
+        else:
+            answers[-1].append(result)
     pgconn.exit_pipeline_mode()
 
 
@@ -170,10 +172,11 @@ def _question(pgconn: Any, statement: bytes, prepared: Prepared | None) -> list[
     return [run] if known else [partial(pgconn.send_prepare, name, statement), run]
 
 
-def _answer(results: Sequence[Any], statement: bytes, prepared: Prepared | None) -> Row:
+def _answer(answers: _Answers, statement: bytes, prepared: Prepared | None) -> Row:
+    results = [result for answer in answers for result in answer]
     if prepared is not None and results and results[0].status == pq.ExecStatus.COMMAND_OK:
         prepared[statement] = True
-    failed = _first_failure(results)
+    failed = _first_failure(answers)
     if failed is None:
         return next((_text(each) for each in results if each.ntuples), ())
     refused = _refusal(failed)
@@ -183,12 +186,16 @@ def _answer(results: Sequence[Any], statement: bytes, prepared: Prepared | None)
     raise refused
 
 
-def _first_failure(results: Sequence[Any]) -> Any:
-    return next((each for each in results if each.status == pq.ExecStatus.FATAL_ERROR), None)
+def _first_failure(answers: _Answers) -> Any:
+    for answer in answers:
+        for result in answer:
+            if result.status == pq.ExecStatus.FATAL_ERROR:
+                return result
+    return None
 
 
-def _lost(results: Sequence[Any]) -> object:
-    failed = _first_failure(results)
+def _lost(answers: _Answers) -> object:
+    failed = _first_failure(answers)
     return "the connection is lost" if failed is None else _refusal(failed)
 
 

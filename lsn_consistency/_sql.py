@@ -173,7 +173,7 @@ def read_observation(
     # A primary's is the beginning of the name of a WAL file.
     begun = None if timeline is None else int(timeline, 10 if in_recovery else 16)
     position = None if lsn is None else Lsn.parse(lsn)
-    second = None if other is None else Lsn.parse(other)
+    second = None if other is None else position if other == lsn else Lsn.parse(other)
     if position is not None and not in_recovery:
         position = normalize_insert_lsn(
             position, block_size=identity.block_size, segment_size=identity.segment_size

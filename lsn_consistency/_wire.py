@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import select
 import socket
+from functools import lru_cache
 from time import monotonic
 from typing import Any, Final, TypeVar
 
@@ -76,15 +77,24 @@ def can_ask_at_commit(conn: Any) -> bool:
     """
     Tell whether a connection's commit is psycopg's own, and a question can go with it.
     """
-    kind, pgconn = type(conn), conn.pgconn
+    pgconn = conn.pgconn
+    kind: Any = type(conn)
     return (
-        (kind.commit, getattr(kind, "__aexit__", None) or kind.__exit__) in _OWN_COMMITS
-        and pgconn.transaction_status == pq.TransactionStatus.INTRANS
+        pgconn.transaction_status == pq.TransactionStatus.INTRANS
+        and commits_as_psycopg(kind)
         and can_pipeline(pgconn)
         # What psycopg's commit() refuses: the end of a block, or of a two-phase transaction.
         and getattr(conn, "_num_transactions", None) == 0
         and getattr(conn, "_tpc", False) is None
     )
+
+
+@lru_cache
+def commits_as_psycopg(kind: Any) -> bool:
+    """
+    Tell whether a class of connections has neither a commit nor a block of its own.
+    """
+    return (kind.commit, getattr(kind, "__aexit__", None) or kind.__exit__) in _OWN_COMMITS
 
 
 def commit(step: Commit, timeout: float) -> Reply | None:
@@ -141,7 +151,7 @@ async def commit_async(step: Commit, timeout: float) -> Reply | None:
 
 
 def _committed(conn: Any, exchange: CommitAndAsk, sent_at: float) -> Reply | None:
-    if refused := exchange.refusal(conn.info.encoding):
+    if refused := exchange.refusal():
         raise refused
     row = exchange.row()
     return None if row is None else Reply(row, conn.pgconn.backend_pid, sent_at, monotonic())
@@ -149,7 +159,7 @@ def _committed(conn: Any, exchange: CommitAndAsk, sent_at: float) -> Reply | Non
 
 def _ended(conn: Any, exchange: CommitAndAsk, error: BaseException) -> BaseException | None:
     # What the connection would receive next is unknown.
-    refused = exchange.refusal(conn.info.encoding)
+    refused = exchange.refusal()
     conn.pgconn.finish()
     if not isinstance(error, Exception):
         return error

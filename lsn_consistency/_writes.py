@@ -4,6 +4,8 @@ The steps of a write, and of taking the primary's position, without the input an
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from lsn_consistency import _retries
 from lsn_consistency._connections import (
     checkout_of_primary,
@@ -11,6 +13,7 @@ from lsn_consistency._connections import (
     look_again,
     look_through,
     make_writable,
+    ready_to_write,
     report,
     seen_through,
 )
@@ -70,16 +73,22 @@ def open_write(core: Core, session: Session) -> Plan[Lease]:
         primary = cluster.primary
         if primary is None:
             break
-        serve = Serve(primary, Reason.PRIMARY_REQUIRED, primary=True)
         try:
             conn = yield from checkout_of_primary(core, primary)
             try:
-                facts, seen, _ = yield from look(core, None, serve, conn)
-                if cluster.is_primary(seen) and (seen.timeline or 0) >= named:
-                    yield from make_writable(conn, facts)
-                    route = Route(primary.name, "primary", Reason.PRIMARY_REQUIRED)
+                facts = ready_to_write(core, conn, named)
+                if facts is None:
+                    serve = Serve(primary, Reason.PRIMARY_REQUIRED, primary=True)
+                    facts, seen, _ = yield from look(core, None, serve, conn)
+                    if cluster.is_primary(seen) and (seen.timeline or 0) >= named:
+                        yield from make_writable(conn, facts)
+                    else:
+                        facts = None
+                if facts is not None:
                     level = effective(None, core.settings.consistency)
-                    return Lease(primary.name, conn, facts, route, level, session.token)
+                    return Lease(
+                        primary.name, conn, facts, _route(primary.name), level, session.token
+                    )
             except BaseException:
                 yield Return(primary.name, conn)
                 raise
@@ -92,6 +101,11 @@ def open_write(core: Core, session: Session) -> Plan[Lease]:
     if known is not None and known < named:
         raise NoNodeAvailableError(failures, f"no primary of timeline {named}, only of {known}")
     raise NoNodeAvailableError(failures, no_primary(cluster))
+
+
+@lru_cache
+def _route(name: str) -> Route:
+    return Route(name, "primary", Reason.PRIMARY_REQUIRED)
 
 
 def close_write(core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
