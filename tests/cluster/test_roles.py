@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import psycopg
 import pytest
@@ -235,6 +235,21 @@ def _revoked(pg: EmbeddedCluster, *functions: str) -> Iterator[None]:
         for function in functions:
             pg.primary.execute(f"GRANT EXECUTE ON FUNCTION {function} TO public")
         pg.wait_caught_up()
+
+
+def test_a_position_that_is_refused_after_the_commit(
+    opened: OpenRouter, pg: EmbeddedCluster, table: str
+) -> None:
+    """The write is done and raises nothing; unknown goes to the primary."""
+    with opened(**_as_app(pg)) as app, app.session():
+        app.write(f"INSERT INTO {table} VALUES (0)")
+        with ExitStack() as end:
+            with app.writing() as conn:
+                conn.execute(f"INSERT INTO {table} VALUES (1)")
+                end.enter_context(_revoked(pg, "pg_current_wal_flush_lsn()"))
+            assert current_session().token.pin_until is not None
+        answer = app.ask(f"SELECT max(id) FROM {table}")
+    assert (1, pg.primary.port) == (answer.value, answer.port)
 
 
 def test_a_replica_whose_position_is_secret_serves_no_token(

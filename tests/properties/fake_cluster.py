@@ -23,6 +23,7 @@ from lsn_consistency._steps import (
     AwaitPosition,
     AwaitTurn,
     Checkout,
+    Commit,
     Fetch,
     NodeFailure,
     Plan,
@@ -214,6 +215,16 @@ class Simulation:
         self.pass_time(TICK)
         return Reply(conn.run(step.statement), conn.pid, sent_at, self.now)
 
+    def commit(self, step: Commit, chance: Random) -> Reply | None:
+        """End a transaction, and have the server answer after that, or fail to."""
+        step.conn.in_transaction = False
+        if step.statement is None or step.conn.autocommit or chance.random() < 0.3:
+            return None
+        try:
+            return self.answer(Fetch(step.conn, step.statement), chance)
+        except NodeFailure:
+            return None
+
     def checkout(self, step: Checkout, chance: Random) -> Connection:
         endpoint = self.endpoints[step.node]
         if endpoint.full:
@@ -312,6 +323,10 @@ class Operation:
             if isinstance(step, Fetch) and self.reply is None:
                 self.reply = simulation.answer(step, chance)
                 return
+            if isinstance(step, Commit) and self.reply is None:
+                self.reply = simulation.commit(step, chance)
+                if self.reply is not None:
+                    return
             result = self._do(step, chance)
         except NodeFailure as failure:
             error = failure
@@ -322,7 +337,9 @@ class Operation:
 
     def _do(self, step: Any, chance: Random) -> Any:
         simulation = self.simulation
-        if isinstance(step, Fetch):
+        if isinstance(step, Commit) and self.reply is None:
+            return None
+        if isinstance(step, Fetch | Commit):
             assert self.reply is not None
             simulation.pass_time(TICK)
             return self.reply._replace(received_at=simulation.now)
@@ -363,7 +380,7 @@ class Operation:
         step = self.step
         if self.waiter is not None:
             self.simulation.core.cluster.give_up(self.waiter)
-        if isinstance(step, Fetch):
+        if isinstance(step, Fetch | Commit):
             # What the connection would receive next is unknown: the wire closes it.
             step.conn.closed = True
         elif isinstance(step, Return):

@@ -32,6 +32,8 @@ LEVELS = (
     Consistency.bounded(0.7),
 )
 NAMES = ("p", "a", "b", "c")
+READING = _plans.Reading(None, None, None)
+WRITING = _writes.Writing()
 names = st.sampled_from(NAMES)
 shares = st.sampled_from((0.0, 0.4, 1.0))
 seeds = st.integers(0, 2**16)
@@ -150,7 +152,7 @@ class ReadWork(Work):
         core, session = self.world.core, self.client.session
         try:
             if not interrupted:
-                yield from _plans.last_look(lease)
+                yield from READING.commit(core, lease) or ()
         except BaseException:
             interrupted = True
             raise
@@ -218,8 +220,18 @@ class WriteWork(Work):
             conn.closed = True
         world.pass_time(TICK)
         interrupted = chance.random() < 0.2
-        plan = _writes.close_write(world.core, self.client.session, lease, interrupted=interrupted)
-        return Operation(world, plan)
+        return Operation(world, self.end(lease, interrupted))
+
+    def end(self, lease: Lease, interrupted: bool) -> Plan[None]:
+        core, session = self.world.core, self.client.session
+        try:
+            if not interrupted:
+                yield from WRITING.commit(core, lease) or ()
+        except BaseException:
+            interrupted = True
+            raise
+        finally:
+            yield from _writes.close_write(core, session, lease, interrupted=interrupted)
 
     def closed(self, lease: Lease) -> None:
         assert self.client.session.wrote

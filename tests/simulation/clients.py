@@ -41,6 +41,8 @@ LEVELS: Final = (
     BOUNDED,
 )
 
+READING: Final = _plans.Reading(None, None, None)
+WRITING: Final = _writes.Writing()
 REFUSALS: Final = (RoutingError, ConnectionError, TimeoutError, PermissionError)
 
 
@@ -199,6 +201,8 @@ class Write:
         interrupted = False
         try:
             yield from self._insert(lease.conn)
+            if commit := WRITING.commit(core, lease):
+                yield from self.process.run(commit)
         except (ConnectionError, TimeoutError, PermissionError):
             world.count("writes lost on the way")
         except BaseException:
@@ -308,7 +312,8 @@ class ReadOnce:
             if self.client.chance.random() < 0.2:
                 # The user has ended the transaction, and a pooler may change the server.
                 lease.conn.end_transaction()
-            yield from self.process.run(_plans.last_look(lease))
+            if commit := READING.commit(core, lease):
+                yield from self.process.run(commit)
         except (ConnectionError, TimeoutError):
             world.count("reads lost on the way")
             self.shown = None

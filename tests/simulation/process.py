@@ -21,6 +21,7 @@ from lsn_consistency._steps import (
     AwaitPosition,
     AwaitTurn,
     Checkout,
+    Commit,
     Fetch,
     NodeFailure,
     Plan,
@@ -112,6 +113,8 @@ class Process:
     def do(self, step: Any) -> Steps:
         if isinstance(step, Fetch):
             return (yield from self.fetch(step))
+        if isinstance(step, Commit):
+            return (yield from self._commit(step))
         if isinstance(step, Checkout):
             return (yield from self._checkout(step))
         if isinstance(step, Return):
@@ -142,6 +145,16 @@ class Process:
             conn.closed = True
             raise
         return Reply(row, conn.pid, sent_at, self.clock())
+
+    def _commit(self, step: Commit) -> Steps:
+        """End a transaction, which was committed when its work was done, and ask; that may fail."""
+        step.conn.end_transaction()
+        if step.statement is None or step.conn.autocommit or self.chance.random() < 0.3:
+            return None
+        try:
+            return (yield from self.fetch(Fetch(step.conn, step.statement)))
+        except NodeFailure:
+            return None
 
     def execute(self, conn: Connection, work: Callable[[], Any], hold: float = 0) -> Steps:
         """Run a user's statement; an interrupted or failed one costs the connection."""

@@ -1,0 +1,254 @@
+"""COMMIT and the question for the position in one round trip: what becomes of either of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import pq
+
+from lsn_consistency import Lsn, _protocol, _wire, current_session
+from lsn_consistency.events import PositionUnknown
+from lsn_consistency.testing import EmbeddedCluster
+from tests.cluster.conftest import OpenRouter
+from tests.cluster.harness import App, open_router, wait_until
+
+NOBODY = "nobody_at_all"
+WAITING = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE wait_event = 'SyncRep' AND application_name = 'lsn_commit_test'
+"""
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[_protocol.CommitAndAsk]:
+    """Collect every exchange that takes the position together with its commit."""
+    made: list[_protocol.CommitAndAsk] = []
+
+    class Counted(_protocol.CommitAndAsk):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(_wire, "CommitAndAsk", Counted)
+    return made
+
+
+@pytest.fixture
+def children(pg: EmbeddedCluster, table: str) -> Iterator[str]:
+    """Make a table whose foreign key is checked at COMMIT."""
+    pg.primary.execute("DROP TABLE IF EXISTS children")
+    pg.primary.execute(
+        f"CREATE TABLE children (parent int REFERENCES {table} DEFERRABLE INITIALLY DEFERRED)"
+    )
+    yield "children"
+    pg.primary.execute("DROP TABLE children")
+
+
+@contextmanager
+def _standby_that_never_answers(pg: EmbeddedCluster) -> Iterator[None]:
+    # Every COMMIT then waits for it.
+    pg.primary.configure("synchronous_standby_names", NOBODY)
+    try:
+        yield
+    finally:
+        pg.primary.configure("synchronous_standby_names", "")
+
+
+def _asked(pg: EmbeddedCluster, statement: str) -> Any:
+    with pg.primary.connect() as conn:
+        row = conn.execute(statement.encode()).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def test_the_position_covers_the_commit(
+    opened: OpenRouter, pg: EmbeddedCluster, table: str, together: list[Any]
+) -> None:
+    """Synchronous or not: the position is beyond where the commit's record begins."""
+    with opened() as app:
+        for number, mode in enumerate(("on", "off", "local") * 20):
+            with app.session():
+                with app.writing() as conn:
+                    conn.execute(f"SET LOCAL synchronous_commit = {mode}")
+                    conn.execute(f"INSERT INTO {table} VALUES ({number})")
+                    before = conn.value("SELECT pg_current_wal_insert_lsn()::text")
+                (position,) = current_session().token.positions.values()
+                answer = app.ask(f"SELECT max(id) FROM {table}")
+            assert number == answer.value
+            after = _asked(pg, "SELECT pg_current_wal_insert_lsn()::text")
+            assert Lsn.parse(before) < position.lsn <= Lsn.parse(after)
+        assert 60 <= len(together)
+        assert [] == app.events_of(PositionUnknown)
+
+
+def test_what_the_commit_checks_is_raised_as_psycopg_does(
+    opened: OpenRouter, pg: EmbeddedCluster, children: str, together: list[Any]
+) -> None:
+    """A deferred constraint fails: its error, an open connection, and a position all the same."""
+    with opened(pool_options={"max_size": 1, "min_size": 1}) as app, app.session():
+        app.write(f"INSERT INTO {children} SELECT NULL")
+        kept = current_session().token
+        with app.writing() as conn:
+            raw = conn.raw
+        with pytest.raises(psycopg.errors.ForeignKeyViolation, match="children"):
+            app.write(f"INSERT INTO {children} VALUES (77)")
+        assert 2 == len(together)
+        assert not raw.closed
+        assert pq.TransactionStatus.IDLE == raw.pgconn.transaction_status
+        assert pq.PipelineStatus.OFF == raw.pgconn.pipeline_status
+        assert current_session().token.pin_until is None
+        assert kept != current_session().token
+        with app.writing() as conn:
+            assert raw is conn.raw
+    assert 1 == _asked(pg, f"SELECT count(*) FROM {children}")
+
+
+def test_a_backend_that_is_ended_in_its_commit(
+    opened: OpenRouter, pg: EmbeddedCluster, table: str, together: list[Any]
+) -> None:
+    """The driver's own error is raised, and the session has a position or is pinned."""
+    with opened() as app, app.session():
+        app.write(f"INSERT INTO {table} VALUES (0)")
+        with _standby_that_never_answers(pg):
+            (future,) = app.start_each(1, lambda _: _write_named(app, table, 1))
+            wait_until(lambda: _asked(pg, WAITING) == 1)
+            with pg.primary.connect() as conn:
+                conn.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE application_name = 'lsn_commit_test'"
+                )
+            with pytest.raises(psycopg.OperationalError):
+                future.result(10)
+        token = current_session().token
+        assert token.positions or token.pin_until
+        assert 2 == len(together)
+        # It is in the log and may be there: who asks sees what the primary has.
+        assert (
+            _asked(pg, f"SELECT count(*) FROM {table}")
+            == app.ask(f"SELECT count(*) FROM {table}").value
+        )
+
+
+def test_a_cancelled_commit_is_cancelled_on_the_server(
+    pg: EmbeddedCluster, table: str, together: list[Any]
+) -> None:
+    """No backend waits on for a standby, holding its locks; the session is pinned."""
+    with open_router("async", pg) as app, app.session():
+        app.write(f"INSERT INTO {table} VALUES (0)")
+        with _standby_that_never_answers(pg):
+            future: Future[None] = app.submit(_cancel_in_commit(app, pg, table))
+            future.result(20)
+            wait_until(lambda: _asked(pg, WAITING) == 0)
+        assert current_session().token.pin_until is not None
+        assert 2 == len(together)
+        app.write(f"INSERT INTO {table} VALUES (2)")
+        assert {0, 1, 2} == {row[0] for row in app.read(f"SELECT id FROM {table}")}
+
+
+async def _cancel_in_commit(app: App, pg: EmbeddedCluster, table: str) -> None:
+    async def write() -> None:
+        async with app.router.write() as conn:
+            await conn.execute("SET application_name = 'lsn_commit_test'")
+            await conn.execute(f"INSERT INTO {table} VALUES (1)".encode())
+
+    task = asyncio.create_task(write())
+    while await asyncio.to_thread(_asked, pg, WAITING) != 1:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_an_interrupted_commit_is_cancelled_on_the_server(
+    pg: EmbeddedCluster, table: str, together: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a thread waits for the answer to its COMMIT."""
+    waited = _wire._wait
+
+    def interrupted(number: int, need: Any, seconds: float | None) -> bool:
+        if seconds is not None:
+            return waited(number, need, seconds)
+        wait_until(lambda: _asked(pg, WAITING) == 1)
+        raise KeyboardInterrupt
+
+    with open_router("blocking", pg) as app, app.session():
+        app.write(f"INSERT INTO {table} VALUES (0)")
+        with _standby_that_never_answers(pg):
+            monkeypatch.setattr(_wire, "_wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                _write_named(app, table, 1)
+            monkeypatch.setattr(_wire, "_wait", waited)
+            wait_until(lambda: _asked(pg, WAITING) == 0)
+        assert current_session().token.pin_until is not None
+        assert {0, 1} == {row[0] for row in app.read(f"SELECT id FROM {table}")}
+
+
+def _write_named(app: App, table: str, number: int) -> None:
+    with app.writing() as conn:
+        conn.execute("SET application_name = 'lsn_commit_test'")
+        conn.execute(f"INSERT INTO {table} VALUES ({number})")
+
+
+@pytest.mark.parametrize("forgotten", ["DEALLOCATE ALL", "DISCARD ALL"])
+def test_a_question_that_was_deallocated_is_asked_all_the_same(
+    opened: OpenRouter, table: str, forgotten: str
+) -> None:
+    """Such a connection is not prepared again: whoever did that may do it again."""
+    options = {"min_size": 1, "max_size": 1, "kwargs": {"autocommit": True}}
+    with opened(pool_options=options) as app, app.session():
+        for number in range(4):
+            with app.writing() as conn:
+                conn.execute(f"INSERT INTO {table} VALUES ({number})")
+                names = {row[0] for row in conn.execute("SELECT name FROM pg_prepared_statements")}
+                assert (number > 0 and number < 3) is ("lsn_consistency_primary" in names)
+                if number == 2:
+                    conn.execute(forgotten)
+                raw = conn.raw
+            assert current_session().token.pin_until is None
+            assert number == app.ask(f"SELECT max(id) FROM {table}").value
+        assert {_sql.PROBE_PRIMARY: False} == app.router._core.facts_of(raw).prepared
+
+
+class Recorded(psycopg.Connection[Any]):
+    """Count the commits, as a program does that traces them."""
+
+    commits = 0
+
+    def commit(self) -> None:
+        """Count and commit."""
+        type(self).commits += 1
+        super().commit()
+
+
+def test_a_connection_with_a_commit_of_its_own_keeps_it(
+    pg: EmbeddedCluster, table: str, together: list[Any]
+) -> None:
+    """Its block commits as its class says, and the position is asked for after that."""
+    options = {"connection_class": Recorded}
+    with open_router("blocking", pg, pool_options=options) as app, app.session():
+        app.write(f"INSERT INTO {table} VALUES (1)")
+        assert 1 == Recorded.commits
+        assert 1 == app.ask(f"SELECT max(id) FROM {table}").value
+    assert [] == together
+
+
+def test_two_phase_commit_is_left_to_psycopg(pg: EmbeddedCluster, table: str) -> None:
+    """A transaction that tpc_begin() has opened is not committed by the end of the block."""
+    with (
+        open_router("blocking", pg) as app,
+        pytest.raises(psycopg.ProgrammingError, match="two-phase"),
+    ):
+        _write_in_two_phases(app, table)
+    assert 0 == _asked(pg, f"SELECT count(*) FROM {table}")
+
+
+def _write_in_two_phases(app: App, table: str) -> None:
+    with app.writing() as conn:
+        conn.raw.tpc_begin("lsn_consistency test")
+        conn.execute(f"INSERT INTO {table} VALUES (1)")
