@@ -18,6 +18,7 @@ from psycopg.conninfo import make_conninfo
 from lsn_consistency._core import POOL_TIMEOUT_SECONDS, Core, Facts
 from lsn_consistency._monitor import Connect
 from lsn_consistency._settings import Settings, check_weights, name_nodes
+from lsn_consistency._snapshot import snapshot
 from lsn_consistency._steps import METHODS
 from lsn_consistency.events import Event
 from lsn_consistency.exceptions import ConfigurationError
@@ -83,7 +84,7 @@ class BaseRouter:
         endpoint; ``pooled``: a pooler stands between.
         """
         core = self._running()
-        return core.cluster.snapshot(core.clock(), core.unix_clock())
+        return snapshot(core.cluster, core.clock(), core.unix_clock())
 
     def _running(self) -> Core:
         if self._core is None and self._inherited_names:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from lsn_consistency._core import Core
-from lsn_consistency._plans import Lease, Use
+from lsn_consistency._leases import Lease, Use
 from lsn_consistency._steps import Plan
 from lsn_consistency.exceptions import ConfigurationError
 from lsn_consistency.session import Session, current_session

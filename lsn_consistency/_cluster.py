@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from lsn_consistency._nodes import Node
 from lsn_consistency._observation import Observation, PrimarySamples, Server
@@ -284,26 +283,6 @@ class Cluster:
         """
         return self.samples.lag_seconds(seen, now)
 
-    def reported_lag(self, node: Node, now: float) -> tuple[float | None, str]:
-        """
-        Return a node's lag for people, and where it comes from.
-
-        ``"samples"`` is the measured bound that decisions use. With the primary out of reach it is
-        the standby's own ``now() - pg_last_xact_replay_timestamp()`` and the age of that statement:
-        ``"replay_timestamp"``, which grows on an idle cluster and is used for nothing else.
-        """
-        seen = node.newest
-        if seen is None:
-            return None, "unknown"
-        if not seen.in_recovery:
-            return 0.0, "primary"
-        if self.primary is None or self.primary.newest is None:
-            if seen.replay_age_seconds is None:
-                return None, "unknown"
-            return seen.replay_age_seconds + now - seen.received_at, "replay_timestamp"
-        lag = self.samples.lag_seconds(seen, now)
-        return (None, "unknown") if math.isinf(lag) else (lag, "samples")
-
     # Waiting
 
     def wait_for_position(
@@ -394,40 +373,3 @@ class Cluster:
             # A place was given up after the read had found none.
             wake()
         return waiter
-
-    # For people
-
-    def snapshot(self, now: float, unix_now: float) -> dict[str, dict[str, Any]]:
-        """
-        Describe every node; see `Router.snapshot`.
-        """
-        with self.lock:
-            return {node.name: self._describe(node, now, unix_now) for node in self.all_nodes}
-
-    def _describe(self, node: Node, now: float, unix_now: float) -> dict[str, Any]:
-        seen = node.newest
-        lag, source = self.reported_lag(node, now)
-        return {
-            "role": node.role,
-            "healthy": seen is not None,
-            "lag_seconds": lag,
-            "lag_source": source,
-            "replay_lsn": None if seen is None else seen.lsn,
-            "timeline": None if seen is None else seen.timeline,
-            "timeline_is_certain": seen is not None and seen.timeline_is_certain,
-            "switch_points": None if seen is None else self._switch_points(seen),
-            "system_id": None if seen is None else seen.server.system_id,
-            "checked_at": None if node.checked_at is None else unix_now - (now - node.checked_at),
-            "breaker": "open" if node.breaker_open else "closed",
-            "consecutive_failures": node.failures,
-            "last_error": node.last_error,
-            "reads_in_flight": node.in_flight,
-            "servers": len(node.servers),
-            "pooled": seen is not None and seen.pooled,
-        }
-
-    def _switch_points(self, seen: Observation) -> dict[int, Lsn] | None:
-        if seen.timeline is None:
-            return None
-        history = self.timelines.history(seen.server.system_id, seen.timeline)
-        return dict(history.switch_points) if history.complete or history.switch_points else None

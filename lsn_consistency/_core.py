@@ -18,6 +18,7 @@ from lsn_consistency._cluster import Cluster
 from lsn_consistency._decision import decide_at_once
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import Settings
+from lsn_consistency._snapshot import reported_lag
 from lsn_consistency._sql import Identity
 from lsn_consistency._steps import Prepared
 from lsn_consistency._verdicts import Read, Serve, Verdict
@@ -325,7 +326,7 @@ class Core:
             return
         self._warned_at = now
         lags = {
-            node.name: self.cluster.reported_lag(node, now)[0]
+            node.name: reported_lag(self.cluster, node, now)[0]
             for node in self.cluster.all_nodes
             if node.newest is not None and node.newest.in_recovery
         }

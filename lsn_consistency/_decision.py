@@ -30,6 +30,7 @@ from lsn_consistency import _balance
 from lsn_consistency._cluster import Cluster
 from lsn_consistency._lineage import (
     Unprovable,
+    followed_timeline,
     is_abandoned,
     is_proven,
     named_timeline,
@@ -376,17 +377,10 @@ def _primary(
 def _may_be_promoted(cluster: Cluster) -> tuple[str, ...]:
     # A replica on a newer timeline is the word of a newer primary. It can be a server that was down
     # when it was asked last, and that its monitor looks for only now and then.
-    newest = max((seen.timeline or 0 for seen in _observed_replicas(cluster)), default=0)
-    if newest <= cluster.timeline:
+    if followed_timeline(cluster) <= cluster.timeline:
         return ()
     unknown = (each for each in cluster.all_nodes if each.newest is None)
     return tuple(each.name for each in unknown if each is not cluster.primary)
-
-
-def _observed_replicas(cluster: Cluster) -> list[Observation]:
-    observed = (each.newest for each in cluster.all_nodes)
-    ours = (seen for seen in observed if seen is not None and seen.in_recovery)
-    return [seen for seen in ours if seen.server.system_id == cluster.system_id]
 
 
 def no_primary(cluster: Cluster) -> str:

@@ -118,6 +118,15 @@ def primary_timeline(cluster: Cluster) -> int | None:
     return None if seen is None or seen.in_recovery else seen.timeline
 
 
+def followed_timeline(cluster: Cluster) -> int:
+    """
+    Return the highest timeline that a replica of this system follows, 0 without any.
+    """
+    observed = [each.newest for each in cluster.all_nodes if each.newest is not None]
+    ours = [each for each in observed if each.server.system_id == cluster.system_id]
+    return max((each.timeline or 0 for each in ours if each.in_recovery), default=0)
+
+
 def is_abandoned(cluster: Cluster, read: Read, seen: Observation) -> bool:
     """
     Tell whether a replica is on a timeline that a promotion has left behind.

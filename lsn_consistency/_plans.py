@@ -8,8 +8,7 @@ go.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from lsn_consistency._connections import (
     READY_SECONDS,
@@ -18,29 +17,29 @@ from lsn_consistency._connections import (
     hand_back,
     look,
     look_again,
-    look_through,
     make_read_only,
     meet,
     ready,
     refuse,
     report,
-    restore,
-    seen_through,
 )
 from lsn_consistency._core import Core, Facts
-from lsn_consistency._nodes import MANY_READS
+from lsn_consistency._endings import (
+    advances,
+    close_read,
+    commit_and_look,
+    look_and_commit,
+    shares_probe,
+)
+from lsn_consistency._leases import NO_POSITIONS, Lease
 from lsn_consistency._observation import Observation
-from lsn_consistency._positions import advance_past_primary, advance_past_read, or_pinned, pin
+from lsn_consistency._positions import advance_past_primary
 from lsn_consistency._steps import (
-    AwaitObservation,
     AwaitPosition,
     AwaitTurn,
     Checkout,
-    Commit,
     NodeFailure,
     Plan,
-    commit_and_observe,
-    observe,
 )
 from lsn_consistency._verdicts import Fail, Lost, Read, Refresh, Serve, Verdict
 from lsn_consistency.consistency import Consistency
@@ -59,52 +58,9 @@ MAX_ATTEMPTS: Final = 16
 CONNECTIONS_TRIED: Final = 3
 MAX_REFUSALS: Final = 4
 RETRY_AFTER_SECONDS: Final = 1.0
-_NOTHING: Final = Token()
 _FALLBACKS: Final = frozenset(
     {Reason.NOT_CAUGHT_UP, Reason.LAG_EXCEEDED, Reason.NO_REPLICA, Reason.TIMELINE_CHANGED}
 )
-
-
-@dataclass(slots=True)
-class Lease:
-    """
-    Hold a connection in use, and why it was given; ``token`` is the session's from before that.
-
-    ``transaction`` is that of a read behind a pooler; ``seen`` is the server at the transaction's
-    end.
-    """
-
-    node: str
-    conn: Any
-    facts: Facts
-    route: Route
-    level: Consistency
-    token: Token = _NOTHING
-    fallback: bool = False
-    lost: Lost | None = None
-    transaction: str | None = None
-    seen: Observation | None = None
-
-
-class Use(Protocol):
-    """
-    Describe what a block is for: the plans of its start and of its end.
-    """
-
-    def open(self, core: Core, session: Session) -> Plan[Lease]:
-        """
-        Take a connection.
-        """
-
-    def commit(self, core: Core, lease: Lease) -> Plan[None] | None:
-        """
-        End a transaction that went well; None where the driver's own commit is all that it takes.
-        """
-
-    def close(self, core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
-        """
-        Give it back; ``interrupted`` says that there is no time to ask anybody.
-        """
 
 
 class Reading(NamedTuple):
@@ -130,8 +86,8 @@ class Reading(NamedTuple):
         Observe the server of a read that the session advances past.
         """
         if lease.transaction is not None:
-            return _look_and_commit(lease)
-        if _shares_probe(core, lease) or not _advances(lease):
+            return look_and_commit(lease)
+        if shares_probe(core, lease) or not advances(lease):
             return None
         return commit_and_look(lease)
 
@@ -197,7 +153,7 @@ def _reissued(core: Core, session: Session, name: str, lost: Lost | None) -> Tok
     # Nobody waits for a lost position twice.
     seen = core.cluster.nodes[name].newest
     if seen is None or seen.bound_position is None or not core.cluster.is_primary(seen):
-        return _NOTHING
+        return NO_POSITIONS
     session.reissue(lost.position, seen.bound_position)
     return session.token
 
@@ -247,106 +203,6 @@ def open_forced(core: Core, session: Session, read: Read, name: str) -> Plan[Lea
     session.last_route = route
     core.emit(ReadRouted(route))
     return Lease(name, conn, facts, route, read.level, session.token)
-
-
-def commit_and_look(lease: Lease) -> Plan[None] | None:
-    """
-    Return the plan that commits, and observes the server after it; None if that takes longer.
-    """
-    facts = lease.facts
-    if lease.conn.autocommit or facts.pooled or facts.identity.limited:
-        return None
-    return _commit_and_look(lease)
-
-
-def _commit_and_look(lease: Lease) -> Plan[None]:
-    facts = lease.facts
-    lease.seen = yield from commit_and_observe(
-        lease.conn, facts.identity, in_recovery=facts.in_recovery, prepared=facts.prepared
-    )
-
-
-def _look_and_commit(lease: Lease) -> Plan[None]:
-    yield from last_look(lease)
-    yield Commit(lease.conn)
-
-
-def last_look(lease: Lease) -> Plan[None]:
-    """
-    Observe the server of a read behind a pooler while the read's transaction still holds it.
-    """
-    if lease.transaction is None:
-        return
-    try:
-        facts = lease.facts
-        seen = yield from observe(lease.conn, facts.identity, in_recovery=facts.in_recovery)
-    except NodeFailure:
-        # The primary is asked then.
-        return
-    # After a COMMIT of the user's the pooler may have changed the server in between.
-    if seen.transaction == lease.transaction:
-        lease.seen = seen
-
-
-def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
-    """
-    Give a read's connection back, and advance the session past what it can have shown.
-
-    Nothing is raised: a position that cannot be had pins the session. ``interrupted`` says that
-    the read was cancelled, and there is no time to ask anybody.
-    """
-    if _advances(lease):
-        yield from or_pinned(core, session, _close_read(core, session, lease, interrupted))
-    elif core.is_given(lease.node):
-        yield from _give_back(core, lease, asks=False)
-    else:
-        core.cluster.leave(core.cluster.nodes[lease.node], fallback=lease.fallback)
-        yield hand_back(core, lease.node, lease.conn, lease.facts)
-
-
-def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:
-    started = core.clock()
-    known = lease.seen
-    shares = known is None and _shares_probe(core, lease)
-    asks = not (interrupted or shares or lease.facts.pooled or known is not None)
-    seen = yield from _give_back(core, lease, asks=asks)
-    if known is not None:
-        seen = seen_through(core, lease.facts, known)
-    if interrupted:
-        pin(core, session, "the read was interrupted")
-        return
-    if shares and not lease.facts.pooled:
-        seen = yield AwaitObservation(lease.node, started, core.settings.probe_timeout)
-        if seen is not None and seen.server != lease.facts.identity.server:
-            seen = None
-    yield from advance_past_read(core, session, seen, lease.token, started)
-
-
-def _advances(lease: Lease) -> bool:
-    return lease.level.advances_on_reads or lease.route.reason is Reason.TIMELINE_CHANGED
-
-
-def _shares_probe(core: Core, lease: Lease) -> bool:
-    # Of many reads those that end together share one probe; few ask on their own connections,
-    # which takes less time. Behind a pooler neither reaches the same server for certain.
-    node = core.cluster.nodes[lease.node]
-    return node.in_flight >= MANY_READS and not node.hides_servers
-
-
-def _give_back(core: Core, lease: Lease, *, asks: bool) -> Plan[Observation | None]:
-    # A read's connection, after a last observation of its server.
-    seen = None
-    try:
-        if asks:
-            seen = yield from look_through(core, lease.conn, lease.facts)
-        if core.is_given(lease.node):
-            yield from restore(core, lease.conn, lease.facts)
-    except NodeFailure as failure:
-        report(core, lease.node, failure)
-    finally:
-        core.cluster.leave(core.cluster.nodes[lease.node], fallback=lease.fallback)
-        yield hand_back(core, lease.node, lease.conn, lease.facts)
-    return seen
 
 
 def take(core: Core, read: Read, serve: Serve) -> Plan[Lease | None]:

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 from lsn_consistency._connections import look_again, report, restore
 from lsn_consistency._core import Core
+from lsn_consistency._endings import close_read, last_look
 from lsn_consistency._hedges import HedgeBudget, Race, Run
-from lsn_consistency._plans import Lease, close_read, last_look, open_read, take
+from lsn_consistency._leases import Lease
+from lsn_consistency._plans import open_read, take
 from lsn_consistency._positions import advance_past_primary, or_pinned, pin
 from lsn_consistency._retries import ROLE_STATES, Ended, Next, Work, after
 from lsn_consistency._steps import (

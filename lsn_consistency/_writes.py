@@ -19,9 +19,11 @@ from lsn_consistency._connections import (
 )
 from lsn_consistency._core import Core
 from lsn_consistency._decision import no_primary
+from lsn_consistency._endings import commit_and_look
+from lsn_consistency._leases import Lease
 from lsn_consistency._lineage import named_timeline, primary_timeline
 from lsn_consistency._observation import Observation
-from lsn_consistency._plans import CONNECTIONS_TRIED, Lease, commit_and_look
+from lsn_consistency._plans import CONNECTIONS_TRIED
 from lsn_consistency._positions import advance_past_primary, advance_to, or_pinned, pin
 from lsn_consistency._steps import AwaitObservation, NodeFailure, Plan, Return
 from lsn_consistency._verdicts import Serve

@@ -11,7 +11,6 @@ advanced. The middleware knows no node and no database; all that it asks of the 
 from __future__ import annotations
 
 import inspect
-import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lsn_consistency._cookies import SameSite, TokenCookies, check_name
+from lsn_consistency._http import Found, Headers, listed, refusal, varying
 from lsn_consistency.events import Event, TokenNotSent, TokenRejected
 from lsn_consistency.exceptions import (
     ConfigurationError,
@@ -45,10 +45,7 @@ _SCOPES = frozenset({"http", "websocket"})
 _STARTS = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
 _EMPTY = Token()
 
-_Headers: TypeAlias = list[tuple[bytes, bytes]]
-_Found: TypeAlias = tuple[str | None, str]
-"""A token's text, and the name of its cookie or None for a header."""
-_Finder: TypeAlias = Callable[[bytes, int], Sequence[_Found]]
+_Finder: TypeAlias = Callable[[bytes, int], Sequence[Found]]
 
 
 class SettingsLike(Protocol):
@@ -193,7 +190,7 @@ class ConsistencyMiddleware:
         except FallbackLimitError as error:
             if session.started or scope["type"] != "http":
                 raise
-            for message in _refusal(error):
+            for message in refusal(error):
                 await send_with_token(message)
         finally:
             if not session.started and session.outgoing is not session.incoming:
@@ -204,7 +201,7 @@ class ConsistencyMiddleware:
         Return the session of a request, with every token that verifies merged into it.
         """
         session = _RequestSession(self._codec, self._header_name)
-        found: list[_Found] = []
+        found: list[Found] = []
         finders = self._finders
         for name, value in scope["headers"]:
             if name in finders and len(found) <= MAX_TOKENS:
@@ -213,7 +210,7 @@ class ConsistencyMiddleware:
             self._admit(session, found)
         return session
 
-    def _admit(self, session: _RequestSession, found: list[_Found]) -> None:
+    def _admit(self, session: _RequestSession, found: list[Found]) -> None:
         pinned = len(found) > MAX_TOKENS
         if pinned:
             # A valid token may be among those not looked at. For as long as the pin lasts the
@@ -255,17 +252,17 @@ class ConsistencyMiddleware:
             return message
         # The list may belong to a response object that the application uses again for another
         # client, so it is left as it is.
-        headers: _Headers = list(message.get("headers", ()))
+        headers: Headers = list(message.get("headers", ()))
         if carried:
             text = self._codec.encode(token) if token else None
             headers = self._carrying(headers, text, scope, session)
         if message["type"] != "websocket.accept":
-            headers = _varying(headers, self._vary)
+            headers = varying(headers, self._vary)
         return {**message, "headers": headers}
 
     def _carrying(
-        self, headers: _Headers, text: str | None, scope: Scope, session: _RequestSession
-    ) -> _Headers:
+        self, headers: Headers, text: str | None, scope: Scope, session: _RequestSession
+    ) -> Headers:
         """
         Put ``text`` into the carriers that are on; None only deletes the cookies that came in.
         """
@@ -293,7 +290,7 @@ class _RequestSession(Session):
         Session.__init__(self, codec=codec, header_name=header_name)
         self._unpinned: Token | None = None
         self.incoming = self._token
-        self.found: Sequence[_Found] = ()
+        self.found: Sequence[Found] = ()
         self.crowded = False
         self.started = False
 
@@ -304,7 +301,7 @@ class _RequestSession(Session):
         """
         return self._token if self._unpinned is None else self._unpinned
 
-    def admit(self, token: Token, found: Sequence[_Found]) -> None:
+    def admit(self, token: Token, found: Sequence[Found]) -> None:
         """
         Start from the token that the client brought, in the texts ``found``.
         """
@@ -353,20 +350,10 @@ def _finders(header: bytes | None, cookies: TokenCookies | None) -> dict[bytes, 
     """
     finders: dict[bytes, _Finder] = {}
     if header is not None:
-        finders[header] = _listed
+        finders[header] = listed
     if cookies is not None:
         finders[b"cookie"] = cookies.find
     return finders
-
-
-def _listed(value: bytes, limit: int) -> list[_Found]:
-    found: list[_Found] = []
-    for part in value.decode("latin-1").split(","):
-        if text := part.strip():
-            found.append((None, text))
-            if len(found) == limit:
-                break
-    return found
 
 
 def _codec(
@@ -388,39 +375,3 @@ def _methods(methods: Iterable[str]) -> frozenset[str]:
             f'write_methods takes HTTP methods such as {{"POST", "PUT"}}, not {methods!r}'
         )
     return frozenset(method.upper() for method in held)
-
-
-def _varying(headers: _Headers, names: Sequence[str]) -> _Headers:
-    """
-    Return ``headers`` with one Vary that holds ``names`` and what it held before.
-    """
-    lines = [value for name, value in headers if name.lower() == b"vary"]
-    missing = list(names)
-    if lines:
-        held = [
-            part
-            for line in lines
-            for each in line.decode("latin-1").split(",")
-            if (part := each.strip())
-        ]
-        known = {part.lower() for part in held}
-        missing = [name for name in names if name.lower() not in known]
-        if not missing or "*" in known:
-            return headers
-        headers = [line for line in headers if line[0].lower() != b"vary"]
-        missing = held + missing
-    return [*headers, (b"vary", ", ".join(missing).encode("latin-1"))]
-
-
-def _refusal(error: FallbackLimitError) -> tuple[Message, Message]:
-    seconds = max(1, math.ceil(error.retry_after_seconds))
-    body = f"The database is busy. Try again in {seconds} s.\n".encode()
-    headers = [
-        (b"content-type", b"text/plain; charset=utf-8"),
-        (b"content-length", str(len(body)).encode("ascii")),
-        (b"retry-after", str(seconds).encode("ascii")),
-    ]
-    return (
-        {"type": "http.response.start", "status": 503, "headers": headers},
-        {"type": "http.response.body", "body": body},
-    )

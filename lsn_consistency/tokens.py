@@ -15,22 +15,18 @@ big-endian. There is exactly one payload for a token.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import math
 import re
 import struct
-from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeAlias, final
 
-from itsdangerous import TimestampSigner
 from itsdangerous.encoding import bytes_to_int, int_to_bytes
 
+from lsn_consistency._signing import TokenSigner, checked_keys, from_base64, to_base64
 from lsn_consistency.exceptions import (
-    BadSignatureError,
     ConfigurationError,
     MalformedTokenError,
     TokenExpiredError,
@@ -48,16 +44,12 @@ MAX_SYSTEMS: Final = 8
 MAX_TOKEN_LENGTH: Final = 512
 """How many characters a token text may have; `TokenCodec.encode` writes fewer than 300."""
 
-_HINT: Final = 'python -c "import secrets; print(secrets.token_hex(32))"'
-_SALT: Final = b"lsn_consistency.token"
 _VERSION: Final = 1
 _HAS_PIN: Final = 1
 _PLAIN: Final = bytes([_VERSION, 0])
 _PINNED: Final = bytes([_VERSION, _HAS_PIN])
 _PIN: Final = struct.Struct(">d")
 _POSITION: Final = struct.Struct(">QIQ")
-_TO_URL_SAFE: Final = bytes.maketrans(b"+/", b"-_")
-_FROM_URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
 _TEXT_PATTERN: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{0,11}\.[A-Za-z0-9_-]{43}")
 
 
@@ -221,7 +213,7 @@ class TokenCodec:
         # Both times are cut to whole seconds: a difference of 1 can be an age of a millisecond.
         self._past_limit = math.ceil(max_age)
         self._future_limit = math.ceil(clock_tolerance_seconds)
-        self._signer = _TokenSigner(_keys(secret_key))
+        self._signer = TokenSigner(checked_keys(secret_key))
         self._verify = _remembering(self._signer, cache_size)
 
     @property
@@ -260,44 +252,7 @@ class TokenCodec:
         return token
 
 
-class _TokenSigner(TimestampSigner):
-    """
-    Sign as itsdangerous does, but with keys that are derived once and already put into their HMAC.
-
-    Signatures are compared as texts, so another spelling of the same bytes does not verify.
-    """
-
-    def __init__(self, secret_keys: list[bytes]) -> None:
-        super().__init__(
-            secret_keys, salt=_SALT, key_derivation="hmac", digest_method=hashlib.sha256
-        )
-        macs = [hmac.new(self.derive_key(key), digestmod=hashlib.sha256) for key in secret_keys]
-        # The newest first: it signs, and most texts are of its making.
-        self._macs = macs[::-1]
-
-    def signed(self, content: bytes) -> bytes:
-        """
-        Return the text of a content.
-        """
-        return b"%b.%b" % (content, _signature(self._macs[0], content))
-
-    def verify(self, content: bytes, signature: bytes) -> None:
-        """
-        Raise `BadSignatureError` unless one of the keys made this signature.
-        """
-        for mac in self._macs:
-            if hmac.compare_digest(_signature(mac, content), signature):
-                return
-        raise BadSignatureError(text_length=len(content) + 1 + len(signature))
-
-
-def _signature(keyed: hmac.HMAC, content: bytes) -> bytes:
-    mac = keyed.copy()
-    mac.update(content)
-    return _base64(mac.digest())
-
-
-def _remembering(signer: _TokenSigner, cache_size: int) -> Callable[[str], tuple[Token, int]]:
+def _remembering(signer: TokenSigner, cache_size: int) -> Callable[[str], tuple[Token, int]]:
     # It holds the signer and not the codec: no reference cycle keeps what it remembers. What
     # raises is not remembered, so only verified texts take its places.
     return lru_cache(maxsize=cache_size)(partial(_verified, signer))
@@ -311,7 +266,7 @@ def _plain(text: object) -> str:
     return str.__str__(text)
 
 
-def _verified(signer: _TokenSigner, text: str) -> tuple[Token, int]:
+def _verified(signer: TokenSigner, text: str) -> tuple[Token, int]:
     """
     Return token and time of signing of a text, whatever its age.
     """
@@ -321,7 +276,7 @@ def _verified(signer: _TokenSigner, text: str) -> tuple[Token, int]:
     signer.verify(content, signature)
     payload_text, time_text = content.split(b".")
     try:
-        payload, signed_at = _bytes(payload_text), _bytes(time_text)
+        payload, signed_at = from_base64(payload_text), from_base64(time_text)
         # One key writes one text for a token and a time: other spellings of the same are refused.
         if signed_at.startswith(b"\0") or content != _content(payload, signed_at):
             raise ValueError("not the spelling that encode writes")
@@ -334,15 +289,7 @@ def _content(payload: bytes, signed_at: bytes) -> bytes:
     """
     Return what is signed: payload and time as text.
     """
-    return b"%b.%b" % (_base64(payload), _base64(signed_at))
-
-
-def _base64(content: bytes) -> bytes:
-    return b2a_base64(content, newline=False).translate(_TO_URL_SAFE, b"=")
-
-
-def _bytes(text: bytes) -> bytes:
-    return a2b_base64(text.translate(_FROM_URL_SAFE) + b"=" * (-len(text) % 4))
+    return b"%b.%b" % (to_base64(payload), to_base64(signed_at))
 
 
 def _pack(token: Token) -> bytes:
@@ -398,35 +345,3 @@ def _is_number(value: object) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
-
-
-def _keys(secret_key: object) -> list[bytes]:
-    if not isinstance(secret_key, Sequence) or isinstance(secret_key, str | bytes | bytearray):
-        return [_key(secret_key)]
-    if not secret_key:
-        raise ConfigurationError(f"secret_key is an empty list; make a key: {_HINT}")
-    return [_key(key) for key in secret_key]
-
-
-def _key(secret_key: object) -> bytes:
-    if not isinstance(secret_key, str | bytes):
-        secret_key = _revealed(secret_key)
-    try:
-        key = secret_key.encode() if isinstance(secret_key, str) else secret_key
-    except UnicodeEncodeError:
-        raise ConfigurationError("secret_key is text that UTF-8 cannot hold; pass bytes") from None
-    if not key.strip():
-        raise ConfigurationError(f"secret_key is empty; make one: {_HINT}")
-    return key
-
-
-def _revealed(secret_key: object) -> str:
-    # Imported here only: a plain key needs nothing of a web framework.
-    from starlette.datastructures import Secret
-
-    if not isinstance(secret_key, Secret):
-        raise ConfigurationError(
-            "secret_key must be str, bytes, Starlette's Secret or a list of these, oldest first,"
-            f" not {type(secret_key).__name__}"
-        )
-    return str(secret_key)

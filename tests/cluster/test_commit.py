@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg import pq
 
-from lsn_consistency import Lsn, _protocol, _wire, current_session
+from lsn_consistency import Lsn, _protocol, _sql, _wire, current_session
 from lsn_consistency.events import PositionUnknown
 from lsn_consistency.testing import EmbeddedCluster
 from tests.cluster.conftest import OpenRouter

@@ -248,8 +248,9 @@ def test_reasons(path: Path) -> None:
 def test_snapshot() -> None:
     """The table of snapshot fields is what `snapshot()` gives."""
     from lsn_consistency._cluster import Cluster
+    from lsn_consistency._snapshot import snapshot
 
-    (node,) = Cluster(["primary"], Settings()).snapshot(0.0, 0.0).values()
+    (node,) = snapshot(Cluster(["primary"], Settings()), 0.0, 0.0).values()
     assert list(node) == column(REFERENCE, "snapshot")
 
 

@@ -13,8 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from lsn_consistency import Consistency, Position, Reason, Session, Token, _plans, _writes
-from lsn_consistency._plans import Lease
+from lsn_consistency import Consistency, Position, Reason, Session, Token, _endings, _plans, _writes
+from lsn_consistency._leases import Lease
 from lsn_consistency._steps import Plan
 from lsn_consistency.exceptions import NoNodeAvailableError, RoutingError
 from lsn_consistency.lsn import Lsn
@@ -159,7 +159,7 @@ class ReadWork(Work):
         finally:
             # The block's end closes the transaction that the check opened.
             lease.conn.in_transaction = False
-            yield from _plans.close_read(core, session, lease, interrupted=interrupted)
+            yield from _endings.close_read(core, session, lease, interrupted=interrupted)
 
     def run(self, lease: Lease, server: Server) -> None:
         """Judge what the statement sees, by the truth."""

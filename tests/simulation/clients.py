@@ -14,8 +14,8 @@ from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
-from lsn_consistency import Consistency, Position, Reason, Session, Token, _plans, _writes
-from lsn_consistency._plans import Lease
+from lsn_consistency import Consistency, Position, Reason, Session, Token, _endings, _plans, _writes
+from lsn_consistency._leases import Lease
 from lsn_consistency._verdicts import Read
 from lsn_consistency.exceptions import RoutingError
 from lsn_consistency.lsn import Lsn
@@ -143,7 +143,7 @@ class Client:
         except REFUSALS:
             return
         assert lease.conn.only_reads or _is_left_alone(lease)
-        yield from process.run(_plans.close_read(core, session, lease, interrupted=False))
+        yield from process.run(_endings.close_read(core, session, lease, interrupted=False))
 
     def _capture(self, process: Process, session: Session) -> Steps:
         """Write with an engine of one's own, and take the position afterwards."""
@@ -323,7 +323,7 @@ class ReadOnce:
             raise
         finally:
             lease.conn.end_transaction()
-            plan = _plans.close_read(core, session, lease, interrupted=interrupted)
+            plan = _endings.close_read(core, session, lease, interrupted=interrupted)
             yield from self.process.run(plan)
         if self.shown is not None:
             self._note(lease)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lsn_consistency import Consistency, Position, Reason, Session, Token, _plans, _writes
-from lsn_consistency._plans import Lease
+from lsn_consistency._leases import Lease
 from lsn_consistency._steps import AwaitObservation, AwaitPosition, Checkout, Fetch, NodeFailure
 from lsn_consistency.events import LostWrite
 from lsn_consistency.exceptions import LostWriteError, NoNodeAvailableError, RoutingError

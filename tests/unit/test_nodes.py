@@ -18,6 +18,7 @@ from lsn_consistency._nodes import (
 )
 from lsn_consistency._observation import Observation, Server
 from lsn_consistency._settings import Settings
+from lsn_consistency._snapshot import reported_lag, snapshot
 from lsn_consistency.events import NodeFailed, NodeRecovered, RoleChanged
 from lsn_consistency.lsn import Lsn
 
@@ -250,17 +251,17 @@ def test_the_lag_for_people_says_where_it_comes_from() -> None:
     """Measured by samples; the standby's own timestamp only while the primary is out of reach."""
     known = cluster()
     node = known.nodes["a"]
-    assert (None, "unknown") == known.reported_lag(node, 10.0)
+    assert (None, "unknown") == reported_lag(known, node, 10.0)
     known.record("primary", primary("p"), sample=True)
     known.record("a", observed("a", replay_age_seconds=4.0))
-    assert (0.5, "samples") == known.reported_lag(node, 10.5)
-    assert (0.0, "primary") == known.reported_lag(known.nodes["primary"], 10.5)
+    assert (0.5, "samples") == reported_lag(known, node, 10.5)
+    assert (0.0, "primary") == reported_lag(known, known.nodes["primary"], 10.5)
     known.fail("primary", "lost", 10.5)
-    lag, source = known.reported_lag(node, 11.001)
+    lag, source = reported_lag(known, node, 11.001)
     assert lag == pytest.approx(5.0)
     assert source == "replay_timestamp"
     known.record("a", observed("a", at=12.0))
-    assert (None, "unknown") == known.reported_lag(node, 12.0)
+    assert (None, "unknown") == reported_lag(known, node, 12.0)
 
 
 # Waiting and counting
@@ -361,7 +362,7 @@ def test_the_snapshot_describes_every_node() -> None:
     known.record("primary", primary("p"), sample=True)
     known.record("a", observed("a", 900, pooled=True))
     known.fail("b", "refused", 9.0)
-    shown = known.snapshot(10.5, 1_000_010.5)
+    shown = snapshot(known, 10.5, 1_000_010.5)
     assert ["primary", "a", "b"] == list(shown)
     assert {
         "role": "primary",

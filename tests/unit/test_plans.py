@@ -16,6 +16,7 @@ from lsn_consistency import (
     Reason,
     Session,
     Token,
+    _endings,
     _plans,
     _sql,
     _writes,
@@ -23,8 +24,8 @@ from lsn_consistency import (
 from lsn_consistency import consistency as at_level
 from lsn_consistency._connections import READY_SECONDS
 from lsn_consistency._core import POOL_TIMEOUT_SECONDS
+from lsn_consistency._leases import Lease
 from lsn_consistency._nodes import MANY_READS
-from lsn_consistency._plans import Lease
 from lsn_consistency._steps import (
     AwaitObservation,
     AwaitPosition,
@@ -86,7 +87,7 @@ def open_read(world: Simulation, session: Session, level: Consistency | None = N
 def close_read(world: Simulation, session: Session, lease: Lease) -> Operation:
     """Close a read that ended well."""
     lease.conn.in_transaction = False
-    return run(world, _plans.close_read(world.core, session, lease, interrupted=False))
+    return run(world, _endings.close_read(world.core, session, lease, interrupted=False))
 
 
 # What can be cancelled, and what can fail
@@ -744,7 +745,7 @@ def test_reads_that_end_together_share_one_probe() -> None:
     lease = open_read(world, session).result
     for _ in range(MANY_READS - 1):
         world.core.cluster.enter(world.core.cluster.nodes[lease.node], fallback=False)
-    plan = _plans.close_read(world.core, session, lease, interrupted=False)
+    plan = _endings.close_read(world.core, session, lease, interrupted=False)
     operation = Operation(world, plan)
     started = world.now
     seen = []
@@ -807,7 +808,7 @@ def test_few_reads_ask_on_their_own_connections() -> None:
     lease = open_read(world, session).result
     for _ in range(MANY_READS - 2):
         world.core.cluster.enter(world.core.cluster.nodes[lease.node], fallback=False)
-    closing = Operation(world, _plans.close_read(world.core, session, lease, interrupted=False))
+    closing = Operation(world, _endings.close_read(world.core, session, lease, interrupted=False))
     assert isinstance(closing.step, Fetch)
     assert closing.step.conn is lease.conn
     closing.finish(Random(CHANCE))
@@ -819,7 +820,7 @@ def test_an_interrupted_read_pins() -> None:
     world = ready_world()
     session = Session()
     lease = open_read(world, session).result
-    run(world, _plans.close_read(world.core, session, lease, interrupted=True))
+    run(world, _endings.close_read(world.core, session, lease, interrupted=True))
     assert session.token.pin_until == pytest.approx(UNIX_EPOCH + world.now + PIN, abs=0.01)
     assert any(isinstance(event, PositionUnknown) for event in world.events)
     assert open_read(world, session).result.route.reason is Reason.PRIMARY_REQUIRED
@@ -1026,7 +1027,7 @@ def test_hidden_servers_share_no_probe() -> None:
     lease = run(world, _plans.open_read(world.core, session, read)).result
     for _ in range(MANY_READS):
         world.core.cluster.enter(node, fallback=False)
-    closing = Operation(world, _plans.close_read(world.core, session, lease, interrupted=False))
+    closing = Operation(world, _endings.close_read(world.core, session, lease, interrupted=False))
     assert isinstance(closing.step, Fetch)
     assert closing.step.conn is lease.conn
     closing.finish(Random(CHANCE))
@@ -1039,7 +1040,7 @@ def test_a_shared_probe_of_a_restarted_server_is_no_bound() -> None:
     lease = open_read(world, session).result
     shown = lease.conn.server.visible()
     world.core.cluster.enter(world.core.cluster.nodes[lease.node], fallback=False)
-    closing = Operation(world, _plans.close_read(world.core, session, lease, interrupted=False))
+    closing = Operation(world, _endings.close_read(world.core, session, lease, interrupted=False))
     lease.conn.server.crash(1.0)
     for _ in range(2):
         world.probe(lease.node, Random(CHANCE))

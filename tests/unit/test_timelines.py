@@ -15,6 +15,7 @@ from lsn_consistency._cluster import Cluster
 from lsn_consistency._nodes import MAX_SERVERS_PER_NODE, Node
 from lsn_consistency._observation import Observation, Server
 from lsn_consistency._settings import Settings
+from lsn_consistency._snapshot import snapshot
 from lsn_consistency._timelines import MAX_HISTORIES, Timelines
 from lsn_consistency.exceptions import InvalidLsnError
 from lsn_consistency.lsn import Lsn, TimelineHistory
@@ -667,7 +668,7 @@ def test_the_snapshot_tells_of_timelines() -> None:
     def shown() -> dict[str, tuple[Any, Any, Any]]:
         return {
             name: (each["timeline"], each["timeline_is_certain"], each["switch_points"])
-            for name, each in known.snapshot(20.0, 0.0).items()
+            for name, each in snapshot(known, 20.0, 0.0).items()
         }
 
     assert {

@@ -20,6 +20,7 @@ from itsdangerous import BadSignature, Signer, TimestampSigner
 from itsdangerous.encoding import base64_encode, int_to_bytes
 from starlette.datastructures import CommaSeparatedStrings, Secret
 
+from lsn_consistency._signing import TokenSigner
 from lsn_consistency.exceptions import (
     BadSignatureError,
     ConfigurationError,
@@ -33,7 +34,6 @@ from lsn_consistency.tokens import (
     MAX_TOKEN_LENGTH,
     Token,
     TokenCodec,
-    _TokenSigner,
 )
 
 KEY = "a key for tests only"
@@ -574,7 +574,7 @@ class TestMalformed:
         """
         A long text is refused by its length, before anything reads it.
         """
-        calls = count_calls(_TokenSigner, "verify")
+        calls = count_calls(TokenSigner, "verify")
         with pytest.raises(MalformedTokenError, match="at most 512 characters"):
             codec.decode(character * length)
 
@@ -940,7 +940,7 @@ class TestMemory:
         """
         The texts whose signatures were verified.
         """
-        calls = count_calls(_TokenSigner, "verify")
+        calls = count_calls(TokenSigner, "verify")
         return lambda: [b".".join(call).decode() for call in calls]
 
     @staticmethod

@@ -1,0 +1,137 @@
+"""
+The steps at the end of a read: its commit, a last look at its server, and its position.
+"""
+
+from __future__ import annotations
+
+from lsn_consistency._connections import (
+    hand_back,
+    look_through,
+    report,
+    restore,
+    seen_through,
+)
+from lsn_consistency._core import Core
+from lsn_consistency._leases import Lease
+from lsn_consistency._nodes import MANY_READS
+from lsn_consistency._observation import Observation
+from lsn_consistency._positions import advance_past_read, or_pinned, pin
+from lsn_consistency._steps import (
+    AwaitObservation,
+    Commit,
+    NodeFailure,
+    Plan,
+    commit_and_observe,
+    observe,
+)
+from lsn_consistency.route import Reason
+from lsn_consistency.session import Session
+
+
+def commit_and_look(lease: Lease) -> Plan[None] | None:
+    """
+    Return the plan that commits, and observes the server after it; None if that takes longer.
+    """
+    facts = lease.facts
+    if lease.conn.autocommit or facts.pooled or facts.identity.limited:
+        return None
+    return _commit_and_look(lease)
+
+
+def _commit_and_look(lease: Lease) -> Plan[None]:
+    facts = lease.facts
+    lease.seen = yield from commit_and_observe(
+        lease.conn, facts.identity, in_recovery=facts.in_recovery, prepared=facts.prepared
+    )
+
+
+def look_and_commit(lease: Lease) -> Plan[None]:
+    """
+    Observe the server of a read behind a pooler, then commit.
+    """
+    yield from last_look(lease)
+    yield Commit(lease.conn)
+
+
+def last_look(lease: Lease) -> Plan[None]:
+    """
+    Observe the server of a read behind a pooler while the read's transaction still holds it.
+    """
+    if lease.transaction is None:
+        return
+    try:
+        facts = lease.facts
+        seen = yield from observe(lease.conn, facts.identity, in_recovery=facts.in_recovery)
+    except NodeFailure:
+        # The primary is asked then.
+        return
+    # After a COMMIT of the user's the pooler may have changed the server in between.
+    if seen.transaction == lease.transaction:
+        lease.seen = seen
+
+
+def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
+    """
+    Give a read's connection back, and advance the session past what it can have shown.
+
+    Nothing is raised: a position that cannot be had pins the session. ``interrupted`` says that
+    the read was cancelled, and there is no time to ask anybody.
+    """
+    if advances(lease):
+        yield from or_pinned(core, session, _close_read(core, session, lease, interrupted))
+    elif core.is_given(lease.node):
+        yield from _give_back(core, lease, asks=False)
+    else:
+        core.cluster.leave(core.cluster.nodes[lease.node], fallback=lease.fallback)
+        yield hand_back(core, lease.node, lease.conn, lease.facts)
+
+
+def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:
+    started = core.clock()
+    known = lease.seen
+    shares = known is None and shares_probe(core, lease)
+    asks = not (interrupted or shares or lease.facts.pooled or known is not None)
+    seen = yield from _give_back(core, lease, asks=asks)
+    if known is not None:
+        seen = seen_through(core, lease.facts, known)
+    if interrupted:
+        pin(core, session, "the read was interrupted")
+        return
+    if shares and not lease.facts.pooled:
+        seen = yield AwaitObservation(lease.node, started, core.settings.probe_timeout)
+        if seen is not None and seen.server != lease.facts.identity.server:
+            seen = None
+    yield from advance_past_read(core, session, seen, lease.token, started)
+
+
+def advances(lease: Lease) -> bool:
+    """
+    Tell whether the session advances past what its read has shown.
+    """
+    return lease.level.advances_on_reads or lease.route.reason is Reason.TIMELINE_CHANGED
+
+
+def shares_probe(core: Core, lease: Lease) -> bool:
+    """
+    Tell whether a read waits for the probe of its node rather than ask by itself.
+    """
+    # Of many reads those that end together share one probe; few ask on their own connections,
+    # which takes less time. Behind a pooler neither reaches the same server for certain.
+    node = core.cluster.nodes[lease.node]
+    return node.in_flight >= MANY_READS and not node.hides_servers
+
+
+def _give_back(core: Core, lease: Lease, *, asks: bool) -> Plan[Observation | None]:
+    # A read's connection, after a last observation of its server.
+    seen = None
+    try:
+        if asks:
+            seen = yield from look_through(core, lease.conn, lease.facts)
+        if core.is_given(lease.node):
+            yield from restore(core, lease.conn, lease.facts)
+    except NodeFailure as failure:
+        report(core, lease.node, failure)
+    finally:
+        core.cluster.leave(core.cluster.nodes[lease.node], fallback=lease.fallback)
+        yield hand_back(core, lease.node, lease.conn, lease.facts)
+    return seen
