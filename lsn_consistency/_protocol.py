@@ -50,9 +50,9 @@ def ask(pgconn: Any, step: Fetch, rows: list[Row]) -> Iterator[Need]:
         yield from _ask_alone(pgconn, step, rows)
         return
     answers: _Answers = []
-    yield from _exchange(pgconn, _question(pgconn, step.statement, step.prepared), answers)
+    yield from _exchange(pgconn, [_question(pgconn, step.statement, step.prepared)], answers)
     try:
-        rows.append(_answer(answers, step.statement, step.prepared))
+        rows.append(_answer(answers[0], step.statement, step.prepared))
     except RefusedError as refused:
         if refused.state not in NOT_PREPARED:
             raise
@@ -63,9 +63,8 @@ class CommitAndAsk:
     """
     Send COMMIT and a statement in one round trip.
 
-    A server completes a COMMIT before it looks at the next message, and runs what follows in a
-    transaction of its own (`exec_execute_message` in postgres.c). What follows a COMMIT that fails
-    it leaves out.
+    The Sync between them has the server complete the commit first, and run the statement in a
+    transaction of its own ("Pipelining" in the description of the protocol).
     """
 
     __slots__ = ("_answers", "_pgconn", "_step")
@@ -80,9 +79,9 @@ class CommitAndAsk:
         Send both and receive what comes back.
         """
         assert self._step.statement is not None
-        commit = partial(self._pgconn.send_query_params, COMMIT, None)
+        commit = [partial(self._pgconn.send_query_params, COMMIT, None)]
         question = _question(self._pgconn, self._step.statement, self._step.prepared)
-        yield from _exchange(self._pgconn, [commit, *question], self._answers)
+        yield from _exchange(self._pgconn, [commit, question], self._answers)
 
     @property
     def is_answered(self) -> bool:
@@ -95,7 +94,7 @@ class CommitAndAsk:
         """
         Return what psycopg raises for the server's answer to COMMIT, None if that went well.
         """
-        failed = _first_failure(self._answers[:1])
+        failed = _first_failure(self._answers[0]) if self._answers else None
         if failed is None:
             return None
         return errors.error_from_result(failed, encoding=self._step.conn.info.encoding)
@@ -106,7 +105,7 @@ class CommitAndAsk:
         """
         assert self._step.statement is not None
         try:
-            return _answer(self._answers[1:], self._step.statement, self._step.prepared)
+            return _answer(self._answers[1], self._step.statement, self._step.prepared)
         except RefusedError:
             return None
 
@@ -137,29 +136,28 @@ def _ask_alone(pgconn: Any, step: Fetch, rows: list[Row]) -> Iterator[Need]:
         raise failure
 
 
-def _exchange(pgconn: Any, sends: Sequence[_Send], answers: _Answers) -> Iterator[Need]:
-    # The answer of each statement is begun when the one before it has ended.
+def _exchange(pgconn: Any, groups: Sequence[Sequence[_Send]], answers: _Answers) -> Iterator[Need]:
+    # Each group ends with a Sync; its answers are begun when those of the one before have ended.
     pgconn.enter_pipeline_mode()
-    for send in sends:
-        send()
-    pgconn.pipeline_sync()
+    for group in groups:
+        for send in group:
+            send()
+        pgconn.pipeline_sync()
     while pgconn.flush():
         yield "write"
-    answers.append([])
-    while True:
-        while pgconn.is_busy():
-            yield "read"
-            pgconn.consume_input()
-        result = pgconn.get_result()
-        if pgconn.status != pq.ConnStatus.OK:
-            answers[-1] += [] if result is None else [result]
-            raise OperationalError(str(_lost(answers[-1:])))
-        if result is None:
-            answers.append([])
-        elif result.status == pq.ExecStatus.PIPELINE_SYNC:
-            break
-        else:
-            answers[-1].append(result)
+    for _ in groups:
+        answers.append([])
+        while True:
+            while pgconn.is_busy():
+                yield "read"
+                pgconn.consume_input()
+            result = pgconn.get_result()
+            if result is not None and result.status == pq.ExecStatus.PIPELINE_SYNC:
+                break
+            if result is not None:
+                answers[-1].append(result)
+            if pgconn.status != pq.ConnStatus.OK:
+                raise OperationalError(_lost(answers[-1]))
     pgconn.exit_pipeline_mode()
 
 
@@ -172,11 +170,10 @@ def _question(pgconn: Any, statement: bytes, prepared: Prepared | None) -> list[
     return [run] if known else [partial(pgconn.send_prepare, name, statement), run]
 
 
-def _answer(answers: _Answers, statement: bytes, prepared: Prepared | None) -> Row:
-    results = [result for answer in answers for result in answer]
+def _answer(results: Sequence[Any], statement: bytes, prepared: Prepared | None) -> Row:
     if prepared is not None and results and results[0].status == pq.ExecStatus.COMMAND_OK:
         prepared[statement] = True
-    failed = _first_failure(answers)
+    failed = _first_failure(results)
     if failed is None:
         return next((_text(each) for each in results if each.ntuples), ())
     refused = _refusal(failed)
@@ -186,17 +183,16 @@ def _answer(answers: _Answers, statement: bytes, prepared: Prepared | None) -> R
     raise refused
 
 
-def _first_failure(answers: _Answers) -> Any:
-    for answer in answers:
-        for result in answer:
-            if result.status == pq.ExecStatus.FATAL_ERROR:
-                return result
+def _first_failure(results: Sequence[Any]) -> Any:
+    for result in results:
+        if result.status == pq.ExecStatus.FATAL_ERROR:
+            return result
     return None
 
 
-def _lost(answers: _Answers) -> object:
-    failed = _first_failure(answers)
-    return "the connection is lost" if failed is None else _refusal(failed)
+def _lost(results: Sequence[Any]) -> str:
+    failed = _first_failure(results)
+    return "the connection is lost" if failed is None else str(_refusal(failed))
 
 
 def _text(result: Any) -> Row:
