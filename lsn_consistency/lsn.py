@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final, NamedTuple, Self
 
@@ -226,6 +227,8 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+# A server's sizes never change, and each observation of a primary needs them.
+@lru_cache(maxsize=16, typed=True)
 def _require_power_of_two(name: str, value: int, low: int, high: int) -> None:
     if not _is_integer(value) or not low <= value <= high or value & (value - 1):
         raise ValueError(f"{name} must be a power of two from {low} to {high} bytes")
