@@ -5,6 +5,7 @@ Measure what the library costs, side by side with others: ``python -m tests.benc
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -99,6 +100,9 @@ def run(bench: Bench, suites: Sequence[Suite], clock: Callable[[], float]) -> Ou
         bench.suite = suite.name
         bench.say(suite.about)
         began = clock()
+        # What the suites before have left is not searched for garbage while this one is measured.
+        gc.collect()
+        gc.freeze()
         try:
             suite.load()(bench)
         except KeyboardInterrupt:
