@@ -118,9 +118,12 @@ def commit(step: Commit, timeout: float) -> Reply | None:
                 if not _wait(pgconn.socket, need, left):
                     raise TimeoutError
         except BaseException as error:
-            if not isinstance(error, Exception) and not exchange.is_answered:
-                cancel(conn, timeout)
-            if raised := _ended(conn, exchange, error):
+            try:
+                if not isinstance(error, Exception) and not exchange.is_answered:
+                    cancel(conn, timeout)
+            finally:
+                raised = _ended(conn, exchange, error)
+            if raised is not None:
                 raise raised from None
             return None
         return _committed(conn, exchange, sent_at)
@@ -142,9 +145,13 @@ async def commit_async(step: Commit, timeout: float) -> Reply | None:
                     ends = loop.time() + timeout
                 await _ready(loop, pgconn.socket, need, ends)
         except BaseException as error:
-            if not isinstance(error, Exception) and not exchange.is_answered:
-                await cancel_async(conn, timeout)
-            if raised := _ended(conn, exchange, error):
+            try:
+                if not isinstance(error, Exception) and not exchange.is_answered:
+                    await cancel_async(conn, timeout)
+            finally:
+                # Whatever interrupts that as well.
+                raised = _ended(conn, exchange, error)
+            if raised is not None:
                 raise raised from None
             return None
         return _committed(conn, exchange, sent_at)

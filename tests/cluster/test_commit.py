@@ -135,34 +135,46 @@ def test_a_backend_that_is_ended_in_its_commit(
         )
 
 
+@pytest.mark.parametrize("times", [1, 2])
 def test_a_cancelled_commit_is_cancelled_on_the_server(
-    pg: EmbeddedCluster, table: str, together: list[Any]
+    pg: EmbeddedCluster, table: str, together: list[Any], times: int
 ) -> None:
-    """No backend waits on for a standby, holding its locks; the session is pinned."""
+    """
+    No backend waits on for a standby, holding its locks; the session is pinned.
+
+    Cancelled once more while the server is told, the connection is closed all the same.
+    """
     with open_router("async", pg) as app, app.session():
         app.write(f"INSERT INTO {table} VALUES (0)")
         with _standby_that_never_answers(pg):
-            future: Future[None] = app.submit(_cancel_in_commit(app, pg, table))
+            future: Future[None] = app.submit(_cancel_in_commit(app, pg, table, times))
             future.result(20)
-            wait_until(lambda: _asked(pg, WAITING) == 0)
+            if times == 1:
+                wait_until(lambda: _asked(pg, WAITING) == 0)
         assert current_session().token.pin_until is not None
         assert 2 == len(together)
         app.write(f"INSERT INTO {table} VALUES (2)")
         assert {0, 1, 2} == {row[0] for row in app.read(f"SELECT id FROM {table}")}
 
 
-async def _cancel_in_commit(app: App, pg: EmbeddedCluster, table: str) -> None:
+async def _cancel_in_commit(app: App, pg: EmbeddedCluster, table: str, times: int) -> None:
+    used = []
+
     async def write() -> None:
         async with app.router.write() as conn:
+            used.append(conn)
             await conn.execute("SET application_name = 'lsn_commit_test'")
             await conn.execute(f"INSERT INTO {table} VALUES (1)".encode())
 
     task = asyncio.create_task(write())
     while await asyncio.to_thread(_asked, pg, WAITING) != 1:
         await asyncio.sleep(0.01)
-    task.cancel()
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0)
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert used[0].closed
 
 
 def test_an_interrupted_commit_is_cancelled_on_the_server(
