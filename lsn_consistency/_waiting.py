@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextvars import Context
 from typing import Any, Self
 
 from lsn_consistency._core import Core
@@ -36,13 +37,15 @@ class AsyncWaiting(asyncio.Future[Observation | None]):
         self._timer: asyncio.TimerHandle | None = None
         self.waiter: Waiter | None = None
 
-    def within(self, seconds: float) -> Self:
+    def within(self, seconds: float, context: Context) -> Self:
         """
         End after so many seconds, unless that has happened already.
+
+        ``context`` is the timer's, which reads nothing of it: a copy for each would take memory.
         """
         if not self.done():
             wake = self.end if self.waiter is None else self.waiter.wake
-            self._timer = self.get_loop().call_later(max(0.0, seconds), wake)
+            self._timer = self.get_loop().call_later(max(0.0, seconds), wake, context=context)
         return self
 
     def end(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import Context
 from typing import Any, Self, TypeVar, Unpack
 
 import psycopg
@@ -50,6 +51,7 @@ class AsyncRouter(Tasks, BaseRouter):
         super().__init__(primary, replicas, options)
         self._reset_workers()
         self._open_lock = asyncio.Lock()
+        self._timers = Context()
         self._monitors: dict[str, Monitor] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -259,7 +261,10 @@ class AsyncRouter(Tasks, BaseRouter):
             step = next(plan)
             while True:
                 try:
-                    result = await methods[type(step)](step)
+                    pending = methods[type(step)](step)
+                    # Many may wait for long: nothing is kept that only the beginning has needed.
+                    del step
+                    result = await pending
                 except BaseException as error:
                     step = plan.throw(error)
                 else:
@@ -317,7 +322,7 @@ class AsyncRouter(Tasks, BaseRouter):
         waiting.waiter = core.cluster.wait_for_position(step.required, waiting.end, step.since)
         for name in self._sources:
             self._kick(name)
-        return waiting.within(step.seconds)
+        return waiting.within(step.seconds, self._timers)
 
     async def _await_observation(self, step: _steps.AwaitObservation) -> Observation | None:
         core = self._core
@@ -335,13 +340,13 @@ class AsyncRouter(Tasks, BaseRouter):
         waiting = AsyncWaiting(core)
         waiting.waiter = core.cluster.wait_for_observation(name, after, waiting.end)
         self._kick(name)
-        return waiting.within(seconds)
+        return waiting.within(seconds, self._timers)
 
     def _await_turn(self, step: _steps.AwaitTurn) -> Awaitable[Observation | None]:
         core = self._running()
         waiting = AsyncWaiting(core)
         waiting.waiter = core.cluster.wait_for_fallback(waiting.end)
-        return waiting.within(step.seconds)
+        return waiting.within(step.seconds, self._timers)
 
     def _kick(self, name: str) -> None:
         if name in self._monitors:

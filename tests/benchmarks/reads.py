@@ -65,8 +65,9 @@ async def _async(bench: Bench, pg: EmbeddedCluster, mode: str) -> None:
                 await compare_async(
                     f"async read, {mode}",
                     {**peers, **ours},
-                    rounds=bench.rounds(21, 7),
-                    number=bench.rounds(300, 150),
+                    # Many short turns: what the machine does besides hits few rounds, or all ways.
+                    rounds=bench.rounds(61, 21),
+                    number=bench.rounds(100, 50),
                 )
             )
         _judge_alone(bench, alone, mode)
@@ -85,7 +86,7 @@ async def _async(bench: Bench, pg: EmbeddedCluster, mode: str) -> None:
             crowd = await compare_async(
                 f"{CONCURRENT} tasks that read {READS_EACH} times each",
                 crowds,
-                rounds=bench.rounds(15, 9),
+                rounds=bench.rounds(31, 9),
                 number=1,
             )
             _judge_crowd(bench, bench.add(crowd))

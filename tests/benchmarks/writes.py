@@ -26,8 +26,8 @@ PEER: Final = "psycopg_pool"
 BY_HAND: Final = "psycopg_pool, then the position"
 WITH_FSYNC: Final = "fsync"
 # Many short turns: what servers do besides, like a checkpoint, hits few rounds or all their ways.
-ROUNDS: Final = 61
-QUICK_ROUNDS: Final = 41
+ROUNDS: Final = (61, 25)
+"""Of a whole run, and of a quick one."""
 
 FLOOR: Final = (
     "A program that asks for the position by itself, in a round trip of its own, takes {:.2f} x. "
@@ -114,7 +114,7 @@ async def _async(
                 await compare_async(
                     f"async write, {kind}",
                     ways,
-                    rounds=bench.rounds(61, 25),
+                    rounds=bench.rounds(*ROUNDS),
                     number=bench.rounds(60, 15),
                 )
             )
@@ -137,7 +137,7 @@ def _blocking(bench: Bench, pg: EmbeddedCluster, kind: str, kwargs: dict[str, An
                 compare(
                     f"blocking write, {kind}",
                     ways,
-                    rounds=bench.rounds(61, 25),
+                    rounds=bench.rounds(*ROUNDS),
                     seconds=0.01 if bench.quick else 0.04,
                 )
             )
