@@ -102,7 +102,7 @@ IN_RECOVERY: Final = "55000"
 BEGIN_READ_COMMITTED: Final = b"begin isolation level read committed read only"
 """Behind a pooler, check and read share one transaction, whose every statement is fresh."""
 
-COMMIT: Final = b"commit"
+COMMIT: Final = b"COMMIT"
 ROLLBACK: Final = b"rollback"
 
 WAIT_FOR_VERSION: Final = 19_00_00

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import select
 import socket
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from time import monotonic
 from typing import Any, Final, TypeVar
@@ -109,11 +110,8 @@ def commit(step: Commit, timeout: float) -> Reply | None:
     with conn.lock:
         exchange = CommitAndAsk(pgconn, step)
         sent_at = monotonic()
-        ends: float | None = None
         try:
-            for need in exchange.needs():
-                if ends is None and exchange.is_answered:
-                    ends = monotonic() + timeout
+            for need, ends in _limited(exchange, monotonic, timeout):
                 left = None if ends is None else max(0.0, ends - monotonic())
                 if not _wait(pgconn.socket, need, left):
                     raise TimeoutError
@@ -138,11 +136,8 @@ async def commit_async(step: Commit, timeout: float) -> Reply | None:
     async with conn.lock:
         exchange = CommitAndAsk(pgconn, step)
         sent_at = monotonic()
-        ends: float | None = None
         try:
-            for need in exchange.needs():
-                if ends is None and exchange.is_answered:
-                    ends = loop.time() + timeout
+            for need, ends in _limited(exchange, loop.time, timeout):
                 await _ready(loop, pgconn.socket, need, ends)
         except BaseException as error:
             try:
@@ -155,6 +150,17 @@ async def commit_async(step: Commit, timeout: float) -> Reply | None:
                 raise raised from None
             return None
         return _committed(conn, exchange, sent_at)
+
+
+def _limited(
+    exchange: CommitAndAsk, clock: Callable[[], float], timeout: float
+) -> Iterator[tuple[Need, float | None]]:
+    # A COMMIT may take its time; the question that goes with it may not.
+    ends: float | None = None
+    for need in exchange.needs():
+        if ends is None and exchange.is_answered:
+            ends = clock() + timeout
+        yield need, ends
 
 
 def _committed(conn: Any, exchange: CommitAndAsk, sent_at: float) -> Reply | None:
