@@ -99,8 +99,8 @@ def _judge_alone(bench: Bench, alone: Comparison, mode: str) -> None:
             f"async read at {name.upper()} over psycopg_pool, {mode}",
             alone.ratios(name, "psycopg_pool"),
             at_most=1.15 if name == "read_your_writes" else None,
-            floor="Both send the same, and need the same server time. What is left is the decision, "
-            "the look at what is known of the connection, and its way back, in Python.",
+            floor="Both send the same, and need the same server time. What is left is the "
+            "decision, the look at what is known of the connection, and its way back, in Python.",
         )
     pool_itself = statistics.median(alone.ratios("psycopg_pool", "hasql"))
     bench.find(
