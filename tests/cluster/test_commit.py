@@ -12,7 +12,18 @@ import psycopg
 import pytest
 from psycopg import pq
 
-from lsn_consistency import Lsn, _protocol, _sql, _wire, current_session
+from lsn_consistency import (
+    Consistency,
+    Lsn,
+    _connections,
+    _endings,
+    _protocol,
+    _sql,
+    _wire,
+    _writes,
+    current_session,
+)
+from lsn_consistency._core import Core, Facts
 from lsn_consistency.events import PositionUnknown
 from lsn_consistency.testing import EmbeddedCluster
 from tests.cluster.conftest import OpenRouter
@@ -264,3 +275,28 @@ def _write_in_two_phases(app: App, table: str) -> None:
     with app.writing() as conn:
         conn.raw.tpc_begin("lsn_consistency test")
         conn.execute(f"INSERT INTO {table} VALUES (1)")
+
+
+@pytest.mark.parametrize("level", [Consistency.CAUSAL, Consistency.STRONG])
+def test_after_its_commit_no_connection_is_asked_again(
+    opened: OpenRouter,
+    table: str,
+    together: list[Any],
+    level: Consistency,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A write and the reads that advance the session take the position with their COMMIT."""
+    asked: list[Any] = []
+
+    def noted(core: Core, conn: Any, facts: Facts) -> Any:
+        asked.append(conn)
+        return _connections.look_through(core, conn, facts)
+
+    monkeypatch.setattr(_writes, "look_through", noted)
+    monkeypatch.setattr(_endings, "look_through", noted)
+    with opened() as app, app.session():
+        for number in range(10):
+            app.write(f"INSERT INTO {table} VALUES ({number})")
+            assert number == app.ask(f"SELECT max(id) FROM {table}", consistency=level).value
+    assert [] == asked
+    assert 20 == len(together)

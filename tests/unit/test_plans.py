@@ -569,7 +569,7 @@ def test_with_the_primary_gone_and_the_token_nowhere_the_read_fails() -> None:
 
 def test_a_replica_on_a_newer_timeline_has_the_new_primary_looked_for() -> None:
     """The promoted server was down when it was asked last, and its monitor has given up for now."""
-    world = ready_world()
+    world = ready_world(wait_seconds=0)
     session = Session(token_now(world))
     old, first, promoted, second = world.servers
     promoted.stop()
