@@ -52,6 +52,7 @@ class AsyncRouter(Tasks, BaseRouter):
         self._reset_workers()
         self._open_lock = asyncio.Lock()
         self._timers = Context()
+        self._taking = 0
         self._monitors: dict[str, Monitor] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -252,6 +253,7 @@ class AsyncRouter(Tasks, BaseRouter):
         self._reset_workers()
         self._monitors, self._tasks = {}, []
         self._open_lock = asyncio.Lock()
+        self._taking = 0
 
     # Steps
 
@@ -278,6 +280,7 @@ class AsyncRouter(Tasks, BaseRouter):
         timeout = step.timeout
         dead: psycopg.OperationalError | None = None
         while True:
+            self._taking += 1
             try:
                 conn: Connection = await pool.getconn(timeout)
             except PoolTimeout as busy:
@@ -285,24 +288,32 @@ class AsyncRouter(Tasks, BaseRouter):
                 raise _steps.NodeFailure(error, down=dead is not None) from None
             except psycopg.Error as error:
                 raise _steps.NodeFailure(error, down=False) from None
+            finally:
+                self._taking -= 1
             if _wire.is_alive(conn):
                 return conn
             dead = psycopg.OperationalError(f"{step.node} has closed its connections")
             timeout = step.renew_seconds
             await conn.close()
-            await pool.putconn(conn)
+            await self._put_back(pool, conn)
 
     async def _return(self, step: _steps.Return) -> None:
         if step.discard:
             await step.conn.close()
         lost = step.conn.closed and not step.discard
         try:
-            await self._pools[step.node].putconn(step.conn)
+            await self._put_back(self._pools[step.node], step.conn)
         except ValueError:
             # The router was closed and opened again in between: this pool is another.
             await step.conn.close()
         if lost and self._core is not None:
             self._core.lost(step.node)
+
+    def _put_back(self, pool: Any, conn: Connection) -> Awaitable[None]:
+        # Where somebody waits for a connection, the pool waits for its locks to hand one over. Cut
+        # off there it would lose both, the connection and who waits.
+        returning: Awaitable[None] = pool.putconn(conn)
+        return asyncio.shield(returning) if self._taking else returning
 
     async def _fetch(self, step: _steps.Fetch) -> _steps.Reply:
         return await _wire.fetch_async(step, self._settings.probe_timeout)

@@ -257,3 +257,45 @@ def test_an_async_generator_that_is_thrown_away_gives_its_connection_back(
 
         app.call(abandon())
         _assert_nothing_left(app)
+
+
+def test_a_read_that_is_cancelled_as_it_ends_hands_its_connection_on(pg: EmbeddedCluster) -> None:
+    """Who waits for it gets it, though the pool was still at it when the task was cancelled."""
+    options: dict[str, Any] = {"pool_options": {"min_size": 1, "max_size": 1}}
+    with open_router("async", pg, **options) as app:
+        app.call(_cancelled_while_handing_on(app))
+        _assert_nothing_left(app)
+
+
+async def _cancelled_while_handing_on(app: App) -> None:
+    pool = app.router._pools["replica_1"]
+    put, ends, handing = pool.putconn, asyncio.Event(), asyncio.Event()
+
+    async def slowly(conn: Any) -> None:
+        # As when another task holds the lock of the pool.
+        handing.set()
+        await asyncio.sleep(0)
+        await put(conn)
+
+    async def read() -> None:
+        async with app.router.read(node="replica_1"):
+            await ends.wait()
+
+    async def next_read() -> None:
+        async with app.router.read(node="replica_1") as conn:
+            await conn.execute("SELECT 1")
+
+    first = asyncio.create_task(read())
+    while pool.get_stats().get("pool_available") != 0:
+        await asyncio.sleep(0)
+    second = asyncio.create_task(next_read())
+    while not pool.get_stats().get("requests_waiting"):
+        await asyncio.sleep(0)
+    pool.putconn = slowly
+    ends.set()
+    await handing.wait()
+    first.cancel()
+    pool.putconn = put
+    await asyncio.wait_for(second, 5)
+    with pytest.raises(asyncio.CancelledError):
+        await first
