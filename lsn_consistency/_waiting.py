@@ -1,12 +1,16 @@
 """
 How a read or a write waits for a waiter to be released: a thread, or a task.
+
+And how a task does to its end what a cancellation must not cut off.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Coroutine, Generator
 from contextvars import Context
+from types import coroutine
 from typing import Any, Self
 
 from lsn_consistency._core import Core
@@ -71,3 +75,32 @@ class AsyncWaiting(asyncio.Future[Observation | None]):
         if self.waiter.active:
             self._core.cluster.give_up(self.waiter)
         return self.waiter.seen
+
+
+async def whole(work: Coroutine[Any, Any, None]) -> None:
+    """
+    Carry out ``work`` to its end, even if the task that awaits this is cancelled.
+
+    What needs no waiting is done at once, and only the rest takes a task of its own. ``work`` must
+    not care which task it runs in, as a time limit does.
+    """
+    try:
+        awaited = work.send(None)
+    except StopIteration:
+        return
+    await asyncio.shield(_rest(work, awaited))
+
+
+@coroutine
+def _rest(work: Coroutine[Any, Any, None], awaited: Any) -> Generator[Any, Any, None]:
+    # What an awaitable yields is for the task that runs it; each answer goes back into ``work``.
+    try:
+        while True:
+            try:
+                answer = yield awaited
+            except BaseException as error:
+                awaited = work.throw(error)
+            else:
+                awaited = work.send(answer)
+    except StopIteration:
+        return

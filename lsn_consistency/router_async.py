@@ -20,7 +20,7 @@ from lsn_consistency._core import Core
 from lsn_consistency._monitor import Monitor
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import RouterOptions
-from lsn_consistency._waiting import AsyncWaiting
+from lsn_consistency._waiting import AsyncWaiting, whole
 from lsn_consistency._workers import Tasks
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import ConfigurationError
@@ -52,7 +52,6 @@ class AsyncRouter(Tasks, BaseRouter):
         self._reset_workers()
         self._open_lock = asyncio.Lock()
         self._timers = Context()
-        self._taking = 0
         self._monitors: dict[str, Monitor] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -253,7 +252,6 @@ class AsyncRouter(Tasks, BaseRouter):
         self._reset_workers()
         self._monitors, self._tasks = {}, []
         self._open_lock = asyncio.Lock()
-        self._taking = 0
 
     # Steps
 
@@ -280,7 +278,6 @@ class AsyncRouter(Tasks, BaseRouter):
         timeout = step.timeout
         dead: psycopg.OperationalError | None = None
         while True:
-            self._taking += 1
             try:
                 conn: Connection = await pool.getconn(timeout)
             except PoolTimeout as busy:
@@ -288,8 +285,6 @@ class AsyncRouter(Tasks, BaseRouter):
                 raise _steps.NodeFailure(error, down=dead is not None) from None
             except psycopg.Error as error:
                 raise _steps.NodeFailure(error, down=False) from None
-            finally:
-                self._taking -= 1
             if _wire.is_alive(conn):
                 return conn
             dead = psycopg.OperationalError(f"{step.node} has closed its connections")
@@ -310,10 +305,10 @@ class AsyncRouter(Tasks, BaseRouter):
             self._core.lost(step.node)
 
     def _put_back(self, pool: Any, conn: Connection) -> Awaitable[None]:
-        # Where somebody waits for a connection, the pool waits for its locks to hand one over. Cut
-        # off there it would lose both, the connection and who waits.
-        returning: Awaitable[None] = pool.putconn(conn)
-        return asyncio.shield(returning) if self._taking else returning
+        # The pool waits for its locks where somebody waits for a connection. Cut off there it would
+        # lose both, and the connection where it has to roll back first, within time limits.
+        returning = pool.putconn(conn)
+        return whole(returning) if _wire.is_idle(conn) else asyncio.shield(returning)
 
     async def _fetch(self, step: _steps.Fetch) -> _steps.Reply:
         return await _wire.fetch_async(step, self._settings.probe_timeout)
