@@ -25,13 +25,13 @@ from lsn_consistency._observation import Observation
 from lsn_consistency._replay_wait import ReplayWait
 from lsn_consistency._replication import TimelineSource
 from lsn_consistency._sql import WAIT_FOR_VERSION, Identity
-from lsn_consistency._steps import identify, observe
+from lsn_consistency._steps import Prepared, identify, observe
 
 WAITING_POLL_SECONDS: Final = 0.004
 """Time between probes while a read waits for this node to reach its position."""
 
 GATHER_SECONDS: Final = 0.000_25
-MAX_GATHER_SECONDS: Final = 0.005
+MAX_GATHER_SECONDS: Final = 0.01
 """Time between probes, for each read in flight, while reads that have ended wait for one."""
 
 _logger = logging.getLogger("lsn_consistency")
@@ -58,6 +58,7 @@ class Monitor:
         self._conn: Any = None
         self._process = os.getpid()
         self._identity: Identity | None = None
+        self._prepared: Prepared = {}
         self._seen: Observation | None = None
         self._timelines = TimelineSource(name, connect, core)
         self._replay = ReplayWait(connect, core, self._suspect)
@@ -133,6 +134,7 @@ class Monitor:
                 async with asyncio.timeout(core.settings.connect_timeout):
                     self._conn = await self._connect()
                 self._identity = self._seen = None
+                self._prepared = {}
             seen = await self._observe()
         except Exception as error:
             self._close()
@@ -164,7 +166,12 @@ class Monitor:
         if self._identity is None or self._seen is None:
             self._identity, seen = await _wire.run_async(identify(self._conn), timeout)
             return seen
-        known = observe(self._conn, self._identity, in_recovery=self._seen.in_recovery)
+        known = observe(
+            self._conn,
+            self._identity,
+            in_recovery=self._seen.in_recovery,
+            prepared=self._prepared,
+        )
         return await _wire.run_async(known, timeout)
 
     def _close(self) -> None:
