@@ -8,7 +8,6 @@ one). A failure forgets them all: an unknown node serves nothing.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Final
 
 from lsn_consistency._observation import Observation, Server
@@ -95,7 +94,7 @@ class Node:
         known = self.timelines.get(seen.server)
         if not seen.in_recovery or known is None or (seen.timeline or 0) >= known:
             return seen
-        return replace(seen, timeline=known)
+        return seen._replace(timeline=known)
 
     def follows(self, server: Server, timeline: int) -> None:
         """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from lsn_consistency.lsn import Lsn, Position
@@ -37,8 +36,7 @@ class Server(NamedTuple):
         return self.system_id, self.address, self.port
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
+class Observation(NamedTuple):
     """
     Hold what one query saw of one server; None means unknown, never "caught up".
 

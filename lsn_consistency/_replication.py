@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
 from typing import Any, Final
 
 from lsn_consistency import _wire
@@ -89,4 +88,4 @@ class TimelineSource:
         if seen.in_recovery:
             # The question came after the observation, so the position is in this timeline's log.
             certain = max(timeline, seen.timeline or 0)
-            core.observed(self._name, replace(seen, timeline=certain, timeline_is_certain=True))
+            core.observed(self._name, seen._replace(timeline=certain, timeline_is_certain=True))

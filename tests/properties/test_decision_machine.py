@@ -409,8 +409,8 @@ class DecisionMachine(RuleBasedStateMachine):
 
 def _without(seen: Observation, what: str) -> Observation:
     if what == "lsn":
-        return replace(seen, lsn=None, bound=None)
-    return replace(seen, timeline=None) if what == "timeline" else seen
+        return seen._replace(lsn=None, bound=None)
+    return seen._replace(timeline=None) if what == "timeline" else seen
 
 
 TestDecision = DecisionMachine.TestCase

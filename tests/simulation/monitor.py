@@ -4,7 +4,6 @@ The monitor of one node of one process, by the rules of `lsn_consistency._monito
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
@@ -121,7 +120,7 @@ class Monitor:
         cluster.learn(self.name, seen.server, timeline, history)
         if seen.in_recovery:
             certain = max(timeline, seen.timeline or 0)
-            core.observed(self.name, replace(seen, timeline=certain, timeline_is_certain=True))
+            core.observed(self.name, seen._replace(timeline=certain, timeline_is_certain=True))
 
     def _close(self) -> None:
         if self.conn is not None:

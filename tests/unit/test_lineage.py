@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -281,11 +280,11 @@ def test_a_replica_ahead_of_the_primary_is_not_its_replica() -> None:
     """It was seen before the primary's last sample and is ahead of that: it follows another."""
     known = cluster("a")
     known.record("a", observed("a", 1001, at=NOW - 0.1, started="2"))
-    ahead = replace(observed("a", 1001), sent_at=NOW - 0.1, received_at=NOW)
+    ahead = observed("a", 1001)._replace(sent_at=NOW - 0.1, received_at=NOW)
     assert math.inf == known.lag_seconds(ahead, NOW)
-    later = replace(ahead, received_at=math.nextafter(NOW, math.inf))
+    later = ahead._replace(received_at=math.nextafter(NOW, math.inf))
     assert 0.0 == known.lag_seconds(later, NOW)
-    level = replace(observed("a", 1000), sent_at=NOW - 0.1, received_at=NOW)
+    level = observed("a", 1000)._replace(sent_at=NOW - 0.1, received_at=NOW)
     assert 0.0 == known.lag_seconds(level, NOW)
 
 
@@ -304,7 +303,7 @@ def test_a_replica_ahead_of_the_primary_serves_nothing() -> None:
 def unsure(name: str = "a", lsn: int = 1000, *, when: float = NOW + 1, **kept: Any) -> Observation:
     """Observe a standby as a plain role does: it streams, from whom cannot be told."""
     seen = observed(name, lsn, at=when)
-    return replace(seen, **{"timeline_is_certain": False, "streaming": True, **kept})
+    return seen._replace(**{"timeline_is_certain": False, "streaming": True, **kept})
 
 
 def without_primary(*replicas: str) -> Cluster:

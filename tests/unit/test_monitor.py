@@ -72,7 +72,7 @@ class World:
 
     def primary_at(self, lsn: int, timeline: int = 1) -> None:
         """Let the primary be observed, everything flushed."""
-        seen = replace(self.seen(lsn, PRIMARY, timeline), flush_lsn=Lsn(lsn))
+        seen = self.seen(lsn, PRIMARY, timeline)._replace(flush_lsn=Lsn(lsn))
         self.core.observed("primary", seen, sample=True)
 
 
@@ -298,7 +298,7 @@ def test_what_is_no_standby_of_its_own_is_not_waited_on(
     waiting = Waiting(monkeypatch, REACHED)
     waiting.read_waits_for(50)
     waiting.read_waits_for(50, timeline=0)
-    assert 0 == waiting.tend(replace(waiting.world.seen(1), **changes))
+    assert 0 == waiting.tend(waiting.world.seen(1)._replace(**changes))
 
 
 def test_a_yes_that_the_probe_does_not_share_is_not_asked_for_again(
@@ -427,8 +427,8 @@ class Asking:
     def ask(self, **changes: Any) -> int:
         """Ask about a standby whose timeline is not certain; return how often it was asked."""
         before = self.asked
-        uncertain = replace(self.world.seen(1), timeline_is_certain=False)
-        asyncio.run(self.source.ask(replace(uncertain, **changes)))
+        uncertain = self.world.seen(1)._replace(timeline_is_certain=False)
+        asyncio.run(self.source.ask(uncertain._replace(**changes)))
         return self.asked - before
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from lsn_consistency import Position
@@ -32,19 +30,19 @@ def test_reaches(required: Position, expected: bool) -> None:
 def test_what_is_unknown_is_neither_reached_nor_not() -> None:
     """NULL gives None, except where another system makes it a plain no."""
     required = Position(7, 2, Lsn(1))
-    assert replace(SEEN, lsn=None).reaches(required) is None
-    assert replace(SEEN, timeline=None).reaches(required) is None
-    assert replace(SEEN, lsn=None).reaches(Position(8, 2, Lsn(1))) is False
+    assert SEEN._replace(lsn=None).reaches(required) is None
+    assert SEEN._replace(timeline=None).reaches(required) is None
+    assert SEEN._replace(lsn=None).reaches(Position(8, 2, Lsn(1))) is False
 
 
 def test_positions_are_whole_or_none() -> None:
     """A position with a part missing is no position."""
     assert SEEN.position == Position(7, 2, Lsn(1000))
     assert SEEN.bound_position == Position(7, 2, Lsn(1200))
-    assert replace(SEEN, lsn=None).position is None
-    assert replace(SEEN, bound=None).bound_position is None
-    assert replace(SEEN, timeline=None).position is None
-    assert replace(SEEN, timeline=None).bound_position is None
+    assert SEEN._replace(lsn=None).position is None
+    assert SEEN._replace(bound=None).bound_position is None
+    assert SEEN._replace(timeline=None).position is None
+    assert SEEN._replace(timeline=None).bound_position is None
 
 
 def test_the_place_outlives_a_restart() -> None:

@@ -314,7 +314,7 @@ def test_a_chain_of_watched_promotions_is_complete() -> None:
         (observed(recovery=False), promoted()),
         (observed(), observed(timeline=2, switch_point=Lsn(1000))),
         (observed(timeline=None), promoted()),
-        (observed(), replace(promoted(), timeline=None)),
+        (observed(), promoted()._replace(timeline=None)),
         (observed(), promoted(switch=None)),
         (observed(), promoted(3)),
         (observed(timeline=2), promoted(2)),
@@ -357,7 +357,7 @@ def leading(
     seen = observed(
         place, timeline=timeline, recovery=False, begun_timeline=timeline, started=started
     )
-    return replace(seen, lsn=None if lsn is None else Lsn(lsn))
+    return seen._replace(lsn=None if lsn is None else Lsn(lsn))
 
 
 def test_on_the_first_timeline_every_position_is_its_own() -> None:
@@ -386,9 +386,9 @@ def test_in_the_shared_part_a_position_is_raised_or_unknown(begun: int | None) -
     assert [at(2, 1040), at(2, 1040), at(2, 1041)] == [
         known.own_position(follows, Lsn(lsn)) for lsn in (5, 1040, 1041)
     ]
-    other = replace(follows, server=server(system=8))
+    other = follows._replace(server=server(system=8))
     assert known.own_position(other, Lsn(5)) is None
-    assert known.own_position(replace(follows, timeline=3), Lsn(5)) is None
+    assert known.own_position(follows._replace(timeline=3), Lsn(5)) is None
 
 
 def test_a_known_history_says_where_a_timeline_begins() -> None:
@@ -450,7 +450,7 @@ def test_a_leader_that_is_restarted_or_reached_elsewhere_is_the_same(same: Serve
     """One server may be listed twice, under a socket and an address."""
     known = Timelines()
     known.learn(server("n"), complete(2, t1=1000))
-    known.lead(replace(leading(1040), server=same))
+    known.lead(leading(1040)._replace(server=same))
     assert known.contains(2, at(1, 1000)) is True
 
 
@@ -496,7 +496,7 @@ def test_a_primary_says_itself_on_which_timeline_it_is() -> None:
     node.follows(server(), 3)
     primary = observed(timeline=2, recovery=False)
     assert node.completed(primary) is primary
-    node.take(replace(primary, timeline=9, sent_at=11.0))
+    node.take(primary._replace(timeline=9, sent_at=11.0))
     assert 3 == node.completed(observed(timeline=1)).timeline
 
 
@@ -639,10 +639,10 @@ def test_a_timeline_is_asked_for_while_it_makes_a_difference() -> None:
     assert not known.wants_timeline(uncertain)
     known.record("b", promoted(place="b"))
     assert known.wants_timeline(uncertain)
-    assert known.wants_timeline(replace(uncertain, timeline=None))
+    assert known.wants_timeline(uncertain._replace(timeline=None))
     assert not known.wants_timeline(observed())
-    assert not known.wants_timeline(replace(uncertain, timeline=2))
-    assert not known.wants_timeline(replace(uncertain, in_recovery=False))
+    assert not known.wants_timeline(uncertain._replace(timeline=2))
+    assert not known.wants_timeline(uncertain._replace(in_recovery=False))
 
 
 def test_without_a_primary_every_uncertain_timeline_is_asked_for() -> None:
