@@ -122,6 +122,42 @@ def test_after_it_has_caught_up_the_patience_begins_anew() -> None:
     assert FIRST_PATIENCE_SECONDS <= since <= FIRST_PATIENCE_SECONDS + 3 * TICK_SECONDS
 
 
+# The statement that is asked again and again
+
+
+def test_each_connection_keeps_its_probe_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To plan it takes longer than to answer; a new connection has nothing prepared."""
+    world = World()
+    world.version = 0
+    asked: list[Fetch] = []
+    probe = ["1", "t", None, "0/64", "0/64", "1", "1", "t", "f", None, None]
+    identity = [str(SYSTEM), "a", "5432", "1", "8192", "16777216", "0.2", "1 x"]
+
+    async def fetch(step: Fetch, timeout: float) -> Reply:
+        asked.append(step)
+        row = [*probe, *identity] if step.statement == _sql.IDENTIFY else probe
+        return Reply(row, 1, world.now, world.now)
+
+    monkeypatch.setattr(_wire, "fetch_async", fetch)
+    monitor = Monitor("a", world.connect, world.core)
+
+    async def scenario() -> None:
+        for closes in (False, False, True, False, False):
+            world.now += TICK_SECONDS
+            await monitor._probe()
+            if closes:
+                monitor._close()
+
+    asyncio.run(scenario())
+    first, *before = [asked.pop(0).prepared for _ in range(3)]
+    again, after = [step.prepared for step in asked]
+    assert (None, None) == (first, again)
+    assert before[0] is not None
+    assert before[0] is before[1]
+    assert after is not None
+    assert after is not before[0]
+
+
 # The time between two probes
 
 
