@@ -21,7 +21,7 @@ from lsn_consistency._steps import (
     identify,
     observe,
 )
-from lsn_consistency._verdicts import Read, Serve
+from lsn_consistency._verdicts import Choice, Read, Serve
 
 READY_SECONDS: Final = 0.001
 """Time to take a connection that lies ready in its pool, and no time to open another."""
@@ -61,6 +61,20 @@ def ready(core: Core, read: Read, serve: Serve, conn: Any) -> tuple[Facts, Obser
     if known is None or not _is_read_only(core, conn, facts, in_recovery=known.in_recovery):
         return None
     return (facts, known) if core.admits(read, serve, known) else None
+
+
+def ready_at_once(core: Core, choice: Choice, conn: Any) -> Facts | None:
+    """
+    Return what is known of a connection that serves a read as chosen; None asks for a `take`.
+    """
+    facts = core.facts_of(conn)
+    if facts is None or core.cluster.shortlist is not choice.shortlist:
+        return None
+    now = core.clock()
+    candidate = choice.candidate
+    if now > candidate.until or core.usable(facts, now) is not candidate.seen:
+        return None
+    return facts if _is_read_only(core, conn, facts, in_recovery=True) else None
 
 
 def ready_to_write(core: Core, conn: Any, named: int) -> Facts | None:

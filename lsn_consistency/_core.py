@@ -21,7 +21,7 @@ from lsn_consistency._settings import Settings
 from lsn_consistency._snapshot import reported_lag
 from lsn_consistency._sql import Identity
 from lsn_consistency._steps import Prepared
-from lsn_consistency._verdicts import Read, Serve, Verdict
+from lsn_consistency._verdicts import Choice, Read, Serve, Verdict
 from lsn_consistency.consistency import Consistency, effective, innermost
 from lsn_consistency.events import Event, LagExceeded, NodeRecovered, ReadRouted
 from lsn_consistency.route import Route
@@ -220,7 +220,7 @@ class Core:
         Say what one read asks for: its own token, else the session's.
         """
         level = effective(consistency, self.settings.consistency)
-        session.accessed = True
+        session.accessed, session.choice = True, None
         return Read(
             level=level,
             token=session.token if token is None else token,
@@ -233,9 +233,9 @@ class Core:
 
     def choose_at_once(
         self, session: Session, token: Token | None, consistency: Consistency | None
-    ) -> Route | None:
+    ) -> Choice | None:
         """
-        Return where a read goes that nothing has to be asked or tried for; None for any other.
+        Return the choice of a read that nothing has to be asked or tried for; None for any other.
         """
         # Calls are what such a choice costs: what `effective` and `Session.token` do is done here.
         if consistency is None:
@@ -247,39 +247,34 @@ class Core:
         if shortlist is None:
             shortlist = self.cluster.listed()
         now = self.clock()
-        made = session.choice
+        made: Choice | None = session.choice
         if (
             made is not None
-            and made[0] is shortlist
-            and made[1] is consistency
-            and made[2] is token
-            and now <= made[3]
+            and made.shortlist is shortlist
+            and made.level is consistency
+            and made.token is token
+            and now <= made.until
         ):
             # Nothing new is known since the last choice, and nothing else is asked for.
-            route = made[4]
-        else:
-            found = decide_at_once(shortlist, consistency, token, session.node, now, self._random)
-            if found is None:
-                return None
-            candidate, required = found
-            routes = candidate.routes
-            if now > routes[0]:
-                routes = candidate.renewed(now)
-            route = routes[2] if required is None else routes[1]
-            session.choice = (shortlist, consistency, token, routes[0], route)
-            session.accessed = True
-            session.node = route.name
-        session.last_route = route
-        if self._listens:
-            self.emit(ReadRouted(route))
-        return route
+            return made
+        found = decide_at_once(shortlist, consistency, token, session.node, now, self._random)
+        if found is None:
+            return None
+        candidate, required = found
+        until, caught_up, within_lag = candidate.routes
+        if now > until:
+            until, caught_up, within_lag = candidate.renewed(now)
+        route = within_lag if required is None else caught_up
+        session.accessed = True
+        made = Choice(shortlist, consistency, token, until, route, candidate, required)
+        session.choice = made
+        return made
 
     def note(self, session: Session, route: Route) -> None:
         """
         Remember in the session where a read goes, and tell the hook.
         """
         session.last_route = route
-        session.choice = None
         if route.role == "replica":
             session.node = route.name
         if self._listens:

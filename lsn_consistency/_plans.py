@@ -20,6 +20,7 @@ from lsn_consistency._connections import (
     make_read_only,
     meet,
     ready,
+    ready_at_once,
     refuse,
     report,
 )
@@ -41,7 +42,7 @@ from lsn_consistency._steps import (
     NodeFailure,
     Plan,
 )
-from lsn_consistency._verdicts import Fail, Lost, Read, Refresh, Serve, Verdict
+from lsn_consistency._verdicts import Choice, Fail, Lost, Read, Refresh, Serve, Verdict
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.events import FallbackLimited, LostWrite, ReadRouted
 from lsn_consistency.exceptions import (
@@ -76,10 +77,13 @@ class Reading(NamedTuple):
         """
         Take a connection that may serve the read.
         """
-        read = core.new_read(session, self.token, self.consistency)
-        if self.node is None:
-            return open_read(core, session, read)
-        return open_forced(core, session, read, self.node)
+        if self.node is not None:
+            forced = core.new_read(session, self.token, self.consistency)
+            return open_forced(core, session, forced, self.node)
+        choice = core.choose_at_once(session, self.token, self.consistency)
+        if choice is not None:
+            return open_chosen(core, session, choice)
+        return open_read(core, session, core.new_read(session, self.token, self.consistency))
 
     def commit(self, core: Core, lease: Lease) -> Plan[None] | None:
         """
@@ -96,6 +100,39 @@ class Reading(NamedTuple):
         Give it back; see `close_read`.
         """
         return close_read(core, session, lease, interrupted=interrupted)
+
+
+def open_chosen(core: Core, session: Session, choice: Choice) -> Plan[Lease]:
+    """
+    Take a connection as was chosen: what most reads need, in one step.
+
+    Whatever is not as it was when the choice was made is left to `open_read`.
+    """
+    node = choice.candidate.node
+    core.cluster.enter(node, fallback=False)
+    try:
+        conn = yield Checkout(node.name, core.settings.connect_timeout, READY_SECONDS)
+    except NodeFailure as failure:
+        core.cluster.leave(node, fallback=False)
+        report(core, node.name, failure)
+        read = core.new_read(session, choice.token, choice.level)
+        read.excluded = frozenset({node.name})
+        return (yield from open_read(core, session, read))
+    except BaseException:
+        core.cluster.leave(node, fallback=False)
+        raise
+    facts = ready_at_once(core, choice, conn)
+    if facts is not None:
+        core.note(session, choice.route)
+        return Lease(node.name, conn, facts, choice.route, choice.level, session.token)
+    read = core.new_read(session, choice.token, choice.level)
+    serve = choice.verdict(core.clock())
+    lease = yield from _taken(core, read, serve, conn, fallback=False)
+    if lease is None:
+        return (yield from open_read(core, session, read))
+    core.note(session, lease.route)
+    lease.token = session.token
+    return lease
 
 
 def open_read(core: Core, session: Session, read: Read) -> Plan[Lease]:
@@ -213,8 +250,15 @@ def take(core: Core, read: Read, serve: Serve) -> Plan[Lease | None]:
     if not core.cluster.enter(serve.node, fallback=fallback):
         serve = yield from _limited(core, read, serve)
         fallback = serve.primary
+    return (yield from _taken(core, read, serve, None, fallback=fallback))
+
+
+def _taken(
+    core: Core, read: Read, serve: Serve, conn: Any, *, fallback: bool
+) -> Plan[Lease | None]:
+    # The node has been entered; ``conn`` is a connection of it, or None.
     try:
-        connected = yield from _connect(core, read, serve)
+        connected = yield from _connect(core, read, serve, conn)
     except NodeFailure as failure:
         core.cluster.leave(serve.node, fallback=fallback)
         report(core, serve.node.name, failure)
@@ -262,12 +306,14 @@ def _limited(core: Core, read: Read, serve: Serve) -> Plan[Serve]:
     raise FallbackLimitError(limit, RETRY_AFTER_SECONDS)
 
 
-def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts, Observation] | None]:
+def _connect(
+    core: Core, read: Read, serve: Serve, conn: Any
+) -> Plan[tuple[Any, Facts, Observation] | None]:
     name = serve.node.name
     for _ in range(CONNECTIONS_TRIED):
-        if serve.primary:
+        if conn is None and serve.primary:
             conn = yield from checkout_of_primary(core, serve.node)
-        else:
+        elif conn is None:
             conn = yield Checkout(name, core.settings.connect_timeout, READY_SECONDS)
         try:
             if known := ready(core, read, serve, conn):
@@ -287,6 +333,7 @@ def _connect(core: Core, read: Read, serve: Serve) -> Plan[tuple[Any, Facts, Obs
         yield from refuse(core, name, conn, facts, discard=discard)
         if not hides:
             break
+        conn = None
     read.refuse(name)
     return None
 

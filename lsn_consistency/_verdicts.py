@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lsn_consistency._nodes import Node
+from lsn_consistency._shortlist import Candidate, Shortlist
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import RoutingError
 from lsn_consistency.lsn import Lsn, Position
-from lsn_consistency.route import Reason
+from lsn_consistency.route import Reason, Route
 from lsn_consistency.tokens import Token
 
 
@@ -111,6 +112,30 @@ class Serve(NamedTuple):
     stale: bool = False
     primary: bool = False
     lost: Lost | None = None
+
+
+class Choice(NamedTuple):
+    """
+    Take a connection of ``candidate``, for which nothing had to be asked or tried.
+
+    It holds for reads at ``level`` with ``token`` for as long as ``shortlist`` is the newest, up to
+    ``until``; ``required`` is what the candidate has replayed for them.
+    """
+
+    shortlist: Shortlist
+    level: Consistency
+    token: Token
+    until: float
+    route: Route
+    candidate: Candidate
+    required: Position | None
+
+    def verdict(self, now: float) -> Serve:
+        """
+        Return it as a decision says it.
+        """
+        lag = now - self.candidate.moment
+        return Serve(self.candidate.node, self.route.reason, lag, self.required)
 
 
 class Wait(NamedTuple):

@@ -148,9 +148,10 @@ class Router(Threads, BaseRouter):
         """
         core = self._core or self._running()
         session = current_session()
-        route = core.choose_at_once(session, token, consistency)
-        if route is not None:
-            return route
+        choice = core.choose_at_once(session, token, consistency)
+        if choice is not None:
+            core.note(session, choice.route)
+            return choice.route
         asked = core.new_read(session, token, consistency, timeout)
         return self._run(_plans.choose(core, session, asked))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from lsn_consistency.lsn import Position
 from lsn_consistency.route import Route
@@ -67,7 +67,7 @@ class Session:
         self.last_route: Route | None = None
         self.accessed = False
         # What the router remembers of the last choice, to take it again at once.
-        self.choice: tuple[object, object, Token, float, Route] | None = None
+        self.choice: Any = None
         self.wrote = False
         # Called after each advance with the new token; it must not block.
         self.on_advance: Callable[[Token], None] | None = None

@@ -32,7 +32,6 @@ LEVELS = (
     Consistency.bounded(0.7),
 )
 NAMES = ("p", "a", "b", "c")
-READING = _plans.Reading(None, None, None)
 WRITING = _writes.Writing()
 names = st.sampled_from(NAMES)
 shares = st.sampled_from((0.0, 0.4, 1.0))
@@ -120,16 +119,11 @@ class ReadWork(Work):
 
     def opened(self) -> Operation:
         world, session = self.world, self.client.session
-        read = world.core.new_read(session, None, self.level)
+        self.reading = _plans.Reading(None, self.level, self.forced)
         self.must_see = list(self.client.must_see)
         self.seen: list[Commit] = []
         self.covered = [commit for commit in self.must_see if self.client.covers(commit)]
-        plan = (
-            _plans.open_forced(world.core, session, read, self.forced)
-            if self.forced
-            else _plans.open_read(world.core, session, read)
-        )
-        return Operation(world, plan)
+        return Operation(world, self.reading.open(world.core, session))
 
     def body(self, lease: Lease, chance: Random) -> Operation:
         world = self.world
@@ -152,7 +146,7 @@ class ReadWork(Work):
         core, session = self.world.core, self.client.session
         try:
             if not interrupted:
-                yield from READING.commit(core, lease) or ()
+                yield from self.reading.commit(core, lease) or ()
         except BaseException:
             interrupted = True
             raise

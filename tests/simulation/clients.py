@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lsn_consistency import Consistency, Position, Reason, Session, Token, _endings, _plans, _writes
 from lsn_consistency._leases import Lease
-from lsn_consistency._verdicts import Read
 from lsn_consistency.exceptions import RoutingError
 from lsn_consistency.lsn import Lsn
 from lsn_consistency.testing.checker import CAUSAL, Guarantee, Operation
@@ -41,7 +40,6 @@ LEVELS: Final = (
     BOUNDED,
 )
 
-READING: Final = _plans.Reading(None, None, None)
 WRITING: Final = _writes.Writing()
 REFUSALS: Final = (RoutingError, ConnectionError, TimeoutError, PermissionError)
 
@@ -298,9 +296,9 @@ class ReadOnce:
         self.due = frozenset(self.client.must_see)
         self.timeline = core.cluster.timeline
         self.token = session.token
-        read = core.new_read(session, None, self.level)
+        reading = _plans.Reading(None, self.level, None)
         try:
-            lease = yield from self.process.run(_plans.open_read(core, session, read))
+            lease = yield from self.process.run(reading.open(core, session))
         except REFUSALS as error:
             self._refused(error)
             return None
@@ -308,11 +306,11 @@ class ReadOnce:
         self.role = lease.route.role
         interrupted = False
         try:
-            yield from self.process.execute(lease.conn, partial(self._see, lease, read))
+            yield from self.process.execute(lease.conn, partial(self._see, lease))
             if self.client.chance.random() < 0.2:
                 # The user has ended the transaction, and a pooler may change the server.
                 lease.conn.end_transaction()
-            if commit := READING.commit(core, lease):
+            if commit := reading.commit(core, lease):
                 yield from self.process.run(commit)
         except (ConnectionError, TimeoutError):
             world.count("reads lost on the way")
@@ -334,7 +332,7 @@ class ReadOnce:
         self.world.count("reads refused")
         self.world.trace(self.client.name, "was refused", self.level, error)
 
-    def _see(self, lease: Lease, read: Read) -> None:
+    def _see(self, lease: Lease) -> None:
         """Be the statement at the server: one snapshot, and the truth about it."""
         server: Server = lease.conn.server
         route = lease.route
@@ -349,7 +347,7 @@ class ReadOnce:
             world.count("stale reads, said to be")
             return
         self._judge_role(lease, server)
-        self._judge_lag(lease, server, read)
+        self._judge_lag(lease, server)
         # Two branches of one number cannot be told apart until both are seen.
         if not world.is_split and (self.level.uses_token or self.level == Consistency.STRONG):
             self._judge_order(lease, server, shown)
@@ -412,19 +410,20 @@ class ReadOnce:
             if server.log.timeline < self.timeline:
                 raise Violated(f"{self.client.name}: the former primary {server.name} serves")
 
-    def _judge_lag(self, lease: Lease, server: Server, read: Read) -> None:
+    def _judge_lag(self, lease: Lease, server: Server) -> None:
         route = lease.route
         if route.reason not in (Reason.CAUGHT_UP, Reason.WITHIN_LAG) or self.world.is_split:
             return
-        if read.lag_limit < 1e9 and server.log.timeline < self.timeline:
+        limit = self.level.lag_limit(self.process.core.settings.max_lag_seconds)
+        if limit < 1e9 and server.log.timeline < self.timeline:
             raise Violated(f"{self.client.name}: {server.name} is on an abandoned timeline")
         now = self.world.loop.now
         # It was judged when the connection was there.
         stale = server.staleness(now) - (now - self.opened)
-        if stale > read.lag_limit + 1e-3:
+        if stale > limit + 1e-3:
             raise Violated(
                 f"{self.client.name}: {server.name} is {stale:.3f} s old, "
-                f"the limit is {read.lag_limit:g}; {route}"
+                f"the limit is {limit:g}; {route}"
             )
         if server.log is self.world.primary.log and server.log.timeline > 1:
             self.world.count("reads on a replica of a new timeline")

@@ -313,6 +313,14 @@ MUTANTS: Final = (
         "        lsn = -1",
         ("--faults", "full token,lag,pause"),
     ),
+    Mutant(
+        "at once over any connection",
+        "A node is an endpoint: the server behind a connection may have restarted in the past",
+        "_connections.py",
+        "now > candidate.until or core.usable(facts, now) is not candidate.seen",
+        "now > candidate.until",
+        CRASHES,
+    ),
 )
 
 

@@ -80,8 +80,7 @@ def run(world: Simulation, plan: Any) -> Operation:
 
 def open_read(world: Simulation, session: Session, level: Consistency | None = None) -> Operation:
     """Open a read of the session."""
-    read = world.core.new_read(session, None, level)
-    return run(world, _plans.open_read(world.core, session, read))
+    return run(world, _plans.Reading(None, level, None).open(world.core, session))
 
 
 def close_read(world: Simulation, session: Session, lease: Lease) -> Operation:
@@ -763,12 +762,14 @@ def test_a_choice_is_taken_again_while_nothing_has_changed() -> None:
     world = ready_world()
     core = world.core
     session = Session(token_now(world))
-    first = core.choose_at_once(session, None, None)
+    level = Consistency.READ_YOUR_WRITES
+    close_read(world, session, open_read(world, session, level).result)
+    first = core.choose_at_once(session, None, level)
     assert first is not None
-    routed = len([event for event in world.events if isinstance(event, ReadRouted)])
-    assert first is core.choose_at_once(session, None, None)
-    assert first is session.last_route
-    assert routed + 1 == len([event for event in world.events if isinstance(event, ReadRouted)])
+    assert first is core.choose_at_once(session, None, level)
+    lease = open_read(world, session, level).result
+    assert first.route is lease.route is session.last_route
+    assert first is session.choice
 
 
 def test_a_choice_that_was_made_is_forgotten_with_every_change() -> None:
@@ -779,9 +780,9 @@ def test_a_choice_that_was_made_is_forgotten_with_every_change() -> None:
     session = Session(token)
     first = core.choose_at_once(session, None, None)
     assert first is not None
-    core.failed(first.name, ConnectionError("gone"))
+    core.failed(first.route.name, ConnectionError("gone"))
     second = core.choose_at_once(session, None, None)
-    assert second is None or second.name != first.name
+    assert second is None or second.route.name != first.route.name
     world.probe_all(Random(CHANCE))
     session = Session(token)
     assert core.choose_at_once(session, None, None) is not None
@@ -793,10 +794,12 @@ def test_a_choice_that_was_made_is_forgotten_with_every_change() -> None:
     session = Session(token)
     made = core.choose_at_once(session, None, None)
     assert made is not None
-    core.note(session, replace(made, name="c" if made.name != "c" else "b"))
+    elsewhere = "c" if made.route.name != "c" else "b"
+    core.new_read(session, None, None)
+    core.note(session, replace(made.route, name=elsewhere))
     other = core.choose_at_once(session, None, None)
     assert other is not None
-    assert made.name != other.name
+    assert elsewhere == other.route.name
     world.now += world.core.settings.max_lag_seconds + 1
     assert core.choose_at_once(session, None, None) is None
 
