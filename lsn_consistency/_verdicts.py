@@ -114,7 +114,8 @@ class Serve(NamedTuple):
     lost: Lost | None = None
 
 
-class Choice(NamedTuple):
+@dataclass(slots=True)
+class Choice:
     """
     Take a connection of ``candidate``, for which nothing had to be asked or tried.
 
