@@ -68,13 +68,13 @@ def ready_at_once(core: Core, choice: Choice, conn: Any) -> Facts | None:
     Return what is known of a connection that serves a read as chosen; None asks for a `take`.
     """
     facts = core.facts_of(conn)
-    if facts is None or core.cluster.shortlist is not choice.shortlist:
+    if facts is None or not _is_read_only(core, conn, facts, in_recovery=True):
         return None
     now = core.clock()
-    candidate = choice.candidate
-    if now > candidate.until or core.usable(facts, now) is not candidate.seen:
-        return None
-    return facts if _is_read_only(core, conn, facts, in_recovery=True) else None
+    seen = core.usable(facts, now)
+    # Something new may have been observed since.
+    listed = core.cluster.listed()
+    return facts if listed.admits(facts.node, choice.required, seen, now) else None
 
 
 def ready_to_write(core: Core, conn: Any, named: int) -> Facts | None:

@@ -137,7 +137,8 @@ def admits(cluster: Cluster, read: Read, serve: Serve, seen: Observation, now: f
     """
     Tell whether a connection may serve ``read``, its server having been observed so.
     """
-    if _admits_at_once(cluster.listed(), read, serve, seen, now):
+    at_once = read.level.uses_token and not serve.primary
+    if at_once and cluster.listed().admits(serve.node.name, serve.required, seen, now):
         return True
     if serve.primary:
         named = named_timeline(cluster, read.level, read.token)
@@ -151,19 +152,6 @@ def admits(cluster: Cluster, read: Read, serve: Serve, seen: Observation, now: f
     if serve.stale or serve.reason is Reason.PRIMARY_DOWN:
         return True
     return cluster.lag_seconds(seen, now) <= read.lag_limit
-
-
-def _admits_at_once(
-    shortlist: Shortlist, read: Read, serve: Serve, seen: Observation, now: float
-) -> bool:
-    known = shortlist.by_name.get(serve.node.name)
-    if known is None or known.seen is not seen or serve.primary or not read.level.uses_token:
-        return False
-    if serve.required is None:
-        return known.serves(-1, now)
-    system_id, timeline, lsn = serve.required
-    ours = system_id == shortlist.system_id and timeline == shortlist.timeline
-    return ours and known.serves(lsn, now)
 
 
 def _is_pinned(read: Read, unix_now: float) -> bool:

@@ -4,6 +4,8 @@ The steps at the end of a read: its commit, a last look at its server, and its p
 
 from __future__ import annotations
 
+from typing import Any
+
 from lsn_consistency._connections import (
     hand_back,
     look_through,
@@ -70,7 +72,7 @@ def last_look(lease: Lease) -> Plan[None]:
         lease.seen = seen
 
 
-def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
+def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[Any]:
     """
     Give a read's connection back, and advance the session past what it can have shown.
 
@@ -78,12 +80,8 @@ def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool)
     the read was cancelled, and there is no time to ask anybody.
     """
     if advances(lease):
-        yield from or_pinned(core, session, _close_read(core, session, lease, interrupted))
-    elif core.is_given(lease.node):
-        yield from _give_back(core, lease, asks=False)
-    else:
-        core.cluster.leave(core.cluster.nodes[lease.node], fallback=lease.fallback)
-        yield hand_back(core, lease.node, lease.conn, lease.facts)
+        return or_pinned(core, session, _close_read(core, session, lease, interrupted))
+    return _give_back(core, lease, asks=False)
 
 
 def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:

@@ -34,6 +34,9 @@ GATHER_SECONDS: Final = 0.000_25
 MAX_GATHER_SECONDS: Final = 0.01
 """Time between probes, for each read in flight, while reads that have ended wait for one."""
 
+SHORTER_SECONDS: Final = 0.001
+"""Time by which a pause is cut short at least, rather than left as it is."""
+
 _logger = logging.getLogger("lsn_consistency")
 _LONG_AGO: Final = float("-inf")
 
@@ -72,7 +75,7 @@ class Monitor:
         """
         Look again when the next probe is due. Call it on the monitor's loop.
         """
-        if self._probed_at + self._interval() < self._pause_ends:
+        if self._probed_at + self._interval() < self._pause_ends - SHORTER_SECONDS:
             self._awake.set()
 
     async def run(self) -> None:
@@ -104,14 +107,15 @@ class Monitor:
                     loop.remove_reader(socket)
 
     def _interval(self) -> float:
-        retry = self._node.retry_seconds(self._core.poll_seconds, random.random())
-        if self._node.waiting:
-            # Who asks for this node does not wait for a back-off, but a dead node is not hammered.
-            if self._node.failures:
-                return min(retry, FIRST_RETRY_SECONDS)
-            many = self._node.in_flight if self._node.in_flight >= MANY_READS else 0
+        node = self._node
+        if node.waiting and not node.failures:
+            many = node.in_flight if node.in_flight >= MANY_READS else 0
             return min(GATHER_SECONDS * many, MAX_GATHER_SECONDS)
-        if not self._node.failures and self._core.cluster.awaits_position(self._node):
+        retry = node.retry_seconds(self._core.poll_seconds, random.random())
+        if node.waiting:
+            # Who asks for this node does not wait for a back-off, but a dead node is not hammered.
+            return min(retry, FIRST_RETRY_SECONDS)
+        if not node.failures and self._core.cluster.awaits_position(node):
             return retry if self._replay.covers(self._seen) else WAITING_POLL_SECONDS
         return retry
 

@@ -17,6 +17,7 @@ from typing import Final
 from lsn_consistency import _balance
 from lsn_consistency._nodes import Node
 from lsn_consistency._observation import Observation
+from lsn_consistency.lsn import Position
 from lsn_consistency.route import Reason, Route
 
 ROUTE_SECONDS: Final = 0.005
@@ -104,6 +105,21 @@ class Shortlist:
         changed.by_name = {**self.by_name, node.name: newer}
         changed._candidates = tuple(changed.by_name.values())
         return changed
+
+    def admits(
+        self, name: str, required: Position | None, seen: Observation | None, now: float
+    ) -> bool:
+        """
+        Tell whether a candidate, last observed so, serves a read that needs ``required``.
+        """
+        known = self.by_name.get(name)
+        if known is None or known.seen is not seen:
+            return False
+        if required is None:
+            return known.serves(-1, now)
+        system_id, timeline, lsn = required
+        ours = system_id == self.system_id and timeline == self.timeline
+        return ours and known.serves(lsn, now)
 
     def drawn(self, lsn: int, now: float, random: Callable[[], float]) -> Candidate | None:
         """

@@ -292,9 +292,9 @@ MUTANTS: Final = (
         FAILOVERS,
         (
             (
-                "_decision.py",
-                "timeline == shortlist.timeline\n    return ours",
-                "True\n    return ours",
+                "_shortlist.py",
+                "timeline == self.timeline\n        return ours",
+                "True\n        return ours",
             ),
         ),
     ),
@@ -317,8 +317,8 @@ MUTANTS: Final = (
         "at once over any connection",
         "A node is an endpoint: the server behind a connection may have restarted in the past",
         "_connections.py",
-        "now > candidate.until or core.usable(facts, now) is not candidate.seen",
-        "now > candidate.until",
+        "seen = core.usable(facts, now)",
+        "seen = core.cluster.nodes[facts.node].newest",
         CRASHES,
     ),
 )

@@ -69,6 +69,14 @@ def test_a_warm_read_takes_its_connection_and_nothing_else() -> None:
     assert {} == in_flight(world)
 
 
+def test_news_meanwhile_are_no_detour() -> None:
+    """What was observed since is looked at, and the replica still serves."""
+    world, session = warm_world()
+    operation, steps = opened(world, session, lambda: world.probe_all(Random(CHANCE)))
+    assert [Checkout] == steps
+    assert "a" == operation.result.node
+
+
 def test_a_connection_that_was_not_used_yet_is_made_read_only() -> None:
     """It is not given back and taken again: what is left to do is done with it."""
     world, session = warm_world()
