@@ -91,7 +91,7 @@ class Reading(NamedTuple):
         """
         if lease.transaction is not None:
             return look_and_commit(lease)
-        if shares_probe(core, lease) or not advances(lease):
+        if not advances(lease) or shares_probe(core, lease):
             return None
         return commit_and_look(lease)
 

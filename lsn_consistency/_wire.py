@@ -207,11 +207,13 @@ def is_alive(conn: Any) -> bool:
     or a silent network cannot be seen here.
     """
     pgconn = conn.pgconn
+    if pgconn.status != pq.ConnStatus.OK:
+        return False
+    arrived = select.poll()
+    arrived.register(pgconn.socket, select.POLLIN)
     # Before the end of the stream there may be the server's reason for it, or notices.
     for _ in range(_MESSAGES_BEFORE_END):
-        if pgconn.status != pq.ConnStatus.OK:
-            return False
-        if not _wait(pgconn.socket, "read", 0):
+        if not arrived.poll(0):
             return True
         try:
             pgconn.consume_input()
