@@ -18,6 +18,7 @@ from lsn_consistency._steps import (
     Plan,
     Return,
     SetReadOnly,
+    ask_position,
     identify,
     observe,
 )
@@ -128,6 +129,32 @@ def look_through(core: Core, conn: Any, facts: Facts) -> Plan[Observation]:
         conn, facts.identity, in_recovery=facts.in_recovery, prepared=prepared
     )
     return seen_through(core, facts, seen)
+
+
+def look_back(core: Core, conn: Any, facts: Facts) -> Plan[Observation]:
+    """
+    Observe the server behind a known connection for what a block has shown or written.
+    """
+    if facts.in_recovery or facts.pooled or facts.identity.limited:
+        return (yield from look_through(core, conn, facts))
+    try:
+        seen = yield from ask_position(conn, facts.identity, facts.prepared)
+    except NodeFailure as failure:
+        if failure.state != _sql.IN_RECOVERY:
+            raise
+        return (yield from look_through(core, conn, facts))
+    return seen_back(core, facts, seen)
+
+
+def seen_back(core: Core, facts: Facts, seen: Observation) -> Observation:
+    """
+    Take what a connection has told after its block; return it completed.
+    """
+    if seen.in_recovery:
+        return seen_through(core, facts, seen)
+    # A position is less than the cluster wants to know of its primary.
+    facts.answered_at = seen.received_at
+    return seen
 
 
 def seen_through(core: Core, facts: Facts, seen: Observation) -> Observation:

@@ -8,9 +8,10 @@ from typing import Any
 
 from lsn_consistency._connections import (
     hand_back,
-    look_through,
+    look_back,
     report,
     restore,
+    seen_back,
     seen_through,
 )
 from lsn_consistency._core import Core
@@ -30,32 +31,33 @@ from lsn_consistency.route import Reason
 from lsn_consistency.session import Session
 
 
-def commit_and_look(lease: Lease) -> Plan[None] | None:
+def commit_and_look(core: Core, lease: Lease) -> Plan[None] | None:
     """
     Return the plan that commits, and observes the server after it; None if that takes longer.
     """
     facts = lease.facts
     if lease.conn.autocommit or facts.pooled or facts.identity.limited:
         return None
-    return _commit_and_look(lease)
+    return _commit_and_look(core, lease)
 
 
-def _commit_and_look(lease: Lease) -> Plan[None]:
+def _commit_and_look(core: Core, lease: Lease) -> Plan[None]:
     facts = lease.facts
-    lease.seen = yield from commit_and_observe(
+    seen = yield from commit_and_observe(
         lease.conn, facts.identity, in_recovery=facts.in_recovery, prepared=facts.prepared
     )
+    lease.seen = None if seen is None else seen_back(core, facts, seen)
 
 
-def look_and_commit(lease: Lease) -> Plan[None]:
+def look_and_commit(core: Core, lease: Lease) -> Plan[None]:
     """
     Observe the server of a read behind a pooler, then commit.
     """
-    yield from last_look(lease)
+    yield from last_look(core, lease)
     yield Commit(lease.conn)
 
 
-def last_look(lease: Lease) -> Plan[None]:
+def last_look(core: Core, lease: Lease) -> Plan[None]:
     """
     Observe the server of a read behind a pooler while the read's transaction still holds it.
     """
@@ -69,7 +71,7 @@ def last_look(lease: Lease) -> Plan[None]:
         return
     # After a COMMIT of the user's the pooler may have changed the server in between.
     if seen.transaction == lease.transaction:
-        lease.seen = seen
+        lease.seen = seen_through(core, facts, seen)
 
 
 def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[Any]:
@@ -86,12 +88,10 @@ def close_read(core: Core, session: Session, lease: Lease, *, interrupted: bool)
 
 def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:
     started = core.clock()
-    known = lease.seen
-    shares = known is None and shares_probe(core, lease)
-    asks = not (interrupted or shares or lease.facts.pooled or known is not None)
-    seen = yield from _give_back(core, lease, asks=asks)
-    if known is not None:
-        seen = seen_through(core, lease.facts, known)
+    shares = lease.seen is None and shares_probe(core, lease)
+    asks = not (interrupted or shares or lease.facts.pooled or lease.seen is not None)
+    asked = yield from _give_back(core, lease, asks=asks)
+    seen = lease.seen or asked
     if interrupted:
         pin(core, session, "the read was interrupted")
         return
@@ -124,7 +124,7 @@ def _give_back(core: Core, lease: Lease, *, asks: bool) -> Plan[Observation | No
     seen = None
     try:
         if asks:
-            seen = yield from look_through(core, lease.conn, lease.facts)
+            seen = yield from look_back(core, lease.conn, lease.facts)
         if core.is_given(lease.node):
             yield from restore(core, lease.conn, lease.facts)
     except NodeFailure as failure:

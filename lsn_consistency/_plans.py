@@ -90,10 +90,10 @@ class Reading(NamedTuple):
         Observe the server of a read that the session advances past.
         """
         if lease.transaction is not None:
-            return look_and_commit(lease)
+            return look_and_commit(core, lease)
         if not advances(lease) or shares_probe(core, lease):
             return None
-        return commit_and_look(lease)
+        return commit_and_look(core, lease)
 
     def close(self, core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
         """

@@ -122,7 +122,7 @@ def _open(core: Core, session: Session, read: Read, attempts: _Attempts) -> Plan
 
 def _alone(core: Core, session: Session, lease: Lease, work: Work) -> Plan[Sequence[_Ran]]:
     try:
-        ended: Ended = yield Call(lease.conn, work, last_look(lease))
+        ended: Ended = yield Call(lease.conn, work, last_look(core, lease))
     except BaseException:
         yield from close_read(core, session, lease, interrupted=True)
         raise
@@ -267,7 +267,7 @@ def _run(core: Core, session: Session, run: Run, work: Work) -> Plan[None]:
             if not run.is_withdrawn:
                 yield from _drop(core, lease, clean=True)
             return
-        run.ended = yield Call(lease.conn, work, last_look(lease), run)
+        run.ended = yield Call(lease.conn, work, last_look(core, lease), run)
         ended = run.ended
         if ended.is_nodes_fault or not run.race.claim(run):
             yield from _drop(core, lease, clean=ended.clean, ours=run.race.is_decided)

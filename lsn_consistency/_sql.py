@@ -64,7 +64,11 @@ PROBE_STANDBY: Final = ", ".join([_ALWAYS, *(standby for standby, _ in _COLUMNS)
 PROBE_PRIMARY: Final = ", ".join([_ALWAYS, *(primary for _, primary in _COLUMNS)]).encode()
 """Observe a server that was a primary, which it stays for as long as it runs."""
 
+POSITION: Final = f"select {_COLUMNS[1][1]}, {_COLUMNS[3][1]}".encode()
+"""Ask a primary how far it is: all that a session needs, in less time than to observe it."""
+
 PREPARED_NAMES: Final = {
+    POSITION: b"lsn_consistency_position",
     PROBE_STANDBY: b"lsn_consistency_standby",
     PROBE_PRIMARY: b"lsn_consistency_primary",
 }
@@ -199,6 +203,32 @@ def read_observation(
         replay_age_seconds=None if age is None else float(age),
         pooled=int(pid or 0) != backend_pid,
         transaction=row[-1] if len(row) > _PROBE_WIDTH else None,
+    )
+
+
+def read_position(
+    identity: Identity, row: Row, backend_pid: int, sent_at: float, received_at: float
+) -> Observation:
+    """
+    Read what `POSITION` gave, which is less than an observation has to tell of a node.
+
+    Raises `ValueError` for a row that no primary gives.
+    """
+    if len(row) != 2 or row[0] is None or row[1] is None:
+        raise ValueError(f"a primary gave {row!r} as its position")
+    lsn = normalize_insert_lsn(
+        Lsn.parse(row[0]), block_size=identity.block_size, segment_size=identity.segment_size
+    )
+    timeline = int(row[1], 16)
+    return Observation(
+        identity.server,
+        False,
+        timeline,
+        lsn,
+        sent_at,
+        received_at,
+        bound=lsn,
+        begun_timeline=timeline,
     )
 
 

@@ -235,17 +235,32 @@ def commit_and_observe(
     conn: Any, identity: Identity, *, in_recovery: bool, prepared: Prepared
 ) -> Plan[Observation | None]:
     """
-    Commit a connection's transaction and observe its server after it, None if that takes longer.
+    Commit a connection's transaction and ask its server after it, None if that takes longer.
+
+    A primary is asked for its position only.
     """
-    statement = _sql.PROBE_STANDBY if in_recovery else _sql.PROBE_PRIMARY
+    statement = _sql.PROBE_STANDBY if in_recovery else _sql.POSITION
     reply: Reply | None = yield Commit(conn, statement, prepared)
     try:
-        if reply is None or _sql.is_in_recovery(reply.row) != in_recovery:
+        if reply is None:
             return None
-        return _sql.read_observation(identity, *reply)
+        if not in_recovery:
+            return _sql.read_position(identity, *reply)
+        return _sql.read_observation(identity, *reply) if _sql.is_in_recovery(reply.row) else None
     except ValueError:
         # The transaction is committed all the same.
         return None
+
+
+def ask_position(conn: Any, identity: Identity, prepared: Prepared) -> Plan[Observation]:
+    """
+    Ask a primary whose identity is known how far it is.
+    """
+    reply: Reply = yield Fetch(conn, _sql.POSITION, prepared=prepared)
+    try:
+        return _sql.read_position(identity, *reply)
+    except ValueError as error:
+        raise _unreadable(error) from error
 
 
 def observe(

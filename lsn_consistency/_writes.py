@@ -11,18 +11,16 @@ from lsn_consistency._connections import (
     checkout_of_primary,
     look,
     look_again,
-    look_through,
+    look_back,
     make_writable,
     ready_to_write,
     report,
-    seen_through,
 )
 from lsn_consistency._core import Core
 from lsn_consistency._decision import no_primary
 from lsn_consistency._endings import commit_and_look
 from lsn_consistency._leases import Lease
 from lsn_consistency._lineage import named_timeline, primary_timeline
-from lsn_consistency._observation import Observation
 from lsn_consistency._plans import CONNECTIONS_TRIED
 from lsn_consistency._positions import advance_past_primary, advance_to, or_pinned, pin
 from lsn_consistency._steps import AwaitObservation, NodeFailure, Plan, Return
@@ -50,7 +48,7 @@ class Writing:
         """
         Take the position together with the commit.
         """
-        return None if lease.level.name == "sticky" else commit_and_look(lease)
+        return None if lease.level.name == "sticky" else commit_and_look(core, lease)
 
     def close(self, core: Core, session: Session, lease: Lease, *, interrupted: bool) -> Plan[None]:
         """
@@ -123,15 +121,13 @@ def close_write(core: Core, session: Session, lease: Lease, *, interrupted: bool
 
 def _close_write(core: Core, session: Session, lease: Lease, interrupted: bool) -> Plan[None]:
     started = core.clock()
-    seen: Observation | None = None
+    seen = lease.seen
     sticky = lease.level.name == "sticky"
     if sticky:
         session.pin(core.unix_clock() + (lease.level.seconds or 0.0))
     try:
-        if lease.seen is not None:
-            seen = seen_through(core, lease.facts, lease.seen)
-        elif not interrupted and not sticky:
-            seen = yield from look_through(core, lease.conn, lease.facts)
+        if seen is None and not interrupted and not sticky:
+            seen = yield from look_back(core, lease.conn, lease.facts)
     except NodeFailure as failure:
         report(core, lease.node, failure)
     finally:

@@ -229,13 +229,13 @@ def test_a_question_that_was_deallocated_is_asked_all_the_same(
             with app.writing() as conn:
                 conn.execute(f"INSERT INTO {table} VALUES ({number})")
                 names = {row[0] for row in conn.execute("SELECT name FROM pg_prepared_statements")}
-                assert (number > 0 and number < 3) is ("lsn_consistency_primary" in names)
+                assert (number > 0 and number < 3) is ("lsn_consistency_position" in names)
                 if number == 2:
                     conn.execute(forgotten)
                 raw = conn.raw
             assert current_session().token.pin_until is None
             assert number == app.ask(f"SELECT max(id) FROM {table}").value
-        assert {_sql.PROBE_PRIMARY: False} == app.router._core.facts_of(raw).prepared
+        assert {_sql.POSITION: False} == app.router._core.facts_of(raw).prepared
 
 
 class Recorded(psycopg.Connection[Any]):
@@ -290,10 +290,10 @@ def test_after_its_commit_no_connection_is_asked_again(
 
     def noted(core: Core, conn: Any, facts: Facts) -> Any:
         asked.append(conn)
-        return _connections.look_through(core, conn, facts)
+        return _connections.look_back(core, conn, facts)
 
-    monkeypatch.setattr(_writes, "look_through", noted)
-    monkeypatch.setattr(_endings, "look_through", noted)
+    monkeypatch.setattr(_writes, "look_back", noted)
+    monkeypatch.setattr(_endings, "look_back", noted)
     with opened() as app, app.session():
         for number in range(10):
             app.write(f"INSERT INTO {table} VALUES ({number})")

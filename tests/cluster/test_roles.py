@@ -246,7 +246,7 @@ def test_a_position_that_is_refused_after_the_commit(
         with ExitStack() as end:
             with app.writing() as conn:
                 conn.execute(f"INSERT INTO {table} VALUES (1)")
-                end.enter_context(_revoked(pg, "pg_current_wal_flush_lsn()"))
+                end.enter_context(_revoked(pg, "pg_current_wal_insert_lsn()"))
             assert current_session().token.pin_until is not None
         answer = app.ask(f"SELECT max(id) FROM {table}")
     assert (1, pg.primary.port) == (answer.value, answer.port)

@@ -246,10 +246,12 @@ class Server:
     def answer(self, statement: bytes, pid: int, transaction: int = 0) -> Row:
         """Run a statement of `_sql` that asks for something, in a numbered transaction."""
         probes = (_sql.PROBE_STANDBY, _sql.PROBE_PRIMARY)
-        if statement in (*probes, _sql.IDENTIFY) and not self.wal_functions:
+        if statement in (*probes, _sql.POSITION, _sql.IDENTIFY) and not self.wal_functions:
             raise NodeFailure(PermissionError("permission denied"), state="42501")
-        if statement == _sql.PROBE_PRIMARY and not self.is_primary:
+        if statement in (_sql.PROBE_PRIMARY, _sql.POSITION) and not self.is_primary:
             raise NodeFailure(ValueError("recovery is in progress"), state="55000")
+        if statement == _sql.POSITION:
+            return (str(_raw_insert(self.log.insert)), f"{self.log.timeline:08X}")
         if statement == _sql.PROBE_STANDBY and self.is_primary:
             return (str(pid), "f", None, "0/1", "0/2", "9", None, "f", "f", None, None)
         if statement in probes:

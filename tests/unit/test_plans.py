@@ -861,6 +861,39 @@ def test_a_write_advances_past_its_commit() -> None:
     assert session.token.pin_until is None
 
 
+def test_a_write_asks_for_its_position_and_no_more() -> None:
+    """Whatever else is known of the primary stays what its monitor has observed."""
+    world = ready_world()
+    lease = run(world, _writes.open_write(world.core, Session())).result
+    known = world.core.cluster.nodes["primary"].newest
+    answered = lease.facts.answered_at
+    closing = Operation(world, _writes.close_write(world.core, Session(), lease, interrupted=False))
+    assert isinstance(closing.step, Fetch)
+    assert _sql.POSITION == closing.step.statement
+    closing.finish(Random(CHANCE))
+    assert known is world.core.cluster.nodes["primary"].newest
+    assert answered < lease.facts.answered_at
+
+
+def test_a_connection_of_a_write_that_leads_to_a_standby_gives_no_position() -> None:
+    """It says that it has no insert position; then it is observed, and the primary asked."""
+    world = ready_world()
+    session = Session()
+    lease = run(world, _writes.open_write(world.core, session)).result
+    lease.conn.server = next(server for server in world.servers if server.name == "a")
+    closing = Operation(world, _writes.close_write(world.core, session, lease, interrupted=False))
+    statements = []
+    while not closing.done:
+        if isinstance(closing.step, Fetch) and closing.reply is None:
+            statements.append(closing.step.statement)
+        closing.advance(Random(CHANCE))
+    assert [_sql.POSITION, _sql.PROBE_PRIMARY, _sql.IDENTIFY] == statements[:3]
+    assert session.token.get(SYSTEM) is not None or session.token.pin_until is not None
+    primary = next(server for server in world.servers if server.is_primary)
+    held = session.token.get(SYSTEM)
+    assert held is None or held.lsn >= primary.log.insert
+
+
 def test_a_lost_write_takes_a_fresh_position() -> None:
     """If the connection dies between COMMIT and capture, the primary is asked anew."""
     world = ready_world()

@@ -9,8 +9,18 @@ import pytest
 
 from lsn_consistency import Position, _sql
 from lsn_consistency._observation import Observation, Server
-from lsn_consistency._sql import Identity, read_identity, read_observation
-from lsn_consistency._steps import Fetch, NodeFailure, Reply, ask_timeline, identify, observe
+from lsn_consistency._sql import Identity, read_identity, read_observation, read_position
+from lsn_consistency._steps import (
+    Commit,
+    Fetch,
+    NodeFailure,
+    Reply,
+    ask_position,
+    ask_timeline,
+    commit_and_observe,
+    identify,
+    observe,
+)
 from lsn_consistency.exceptions import InvalidLsnError
 from lsn_consistency.lsn import Lsn, TimelineHistory
 
@@ -362,6 +372,36 @@ def test_where_a_promoted_server_ended_its_recovery() -> None:
     assert seen(PRIMARY).switch_point is None
 
 
+def test_the_position_of_a_primary_is_the_observed_one() -> None:
+    """The same position as a whole observation gives, on the same timeline, in its own part."""
+    whole = seen(PRIMARY, lsn="0/4000028", timeline="0000000A")
+    position = read_position(IDENTITY, ("0/4000028", "0000000A"), 42, 1.0, 1.1)
+    assert Position(7, 10, Lsn(0x4000000)) == whole.position == position.position
+    assert whole.bound_position == position.bound_position
+    assert (False, 10, 1.0, 1.1) == (
+        position.in_recovery,
+        position.begun_timeline,
+        position.sent_at,
+        position.received_at,
+    )
+
+
+@pytest.mark.parametrize(
+    "row", [(), ("0/1",), (None, "00000001"), ("0/1", None), ("0/G", "00000001"), ("0/1", "x")]
+)
+def test_a_position_that_cannot_be_read_is_a_failure_of_its_server(row: tuple[Any, ...]) -> None:
+    """With its commit it is unknown; asked alone, its server is not believed."""
+    plan = ask_position("conn", IDENTITY, {})
+    assert Fetch("conn", _sql.POSITION, prepared={}) == next(plan)
+    with pytest.raises(NodeFailure, match="cannot be read"):
+        plan.send(_reply(row))
+    committing = commit_and_observe("conn", IDENTITY, in_recovery=False, prepared={})
+    assert Commit("conn", _sql.POSITION, {}) == next(committing)
+    with pytest.raises(StopIteration) as done:
+        committing.send(_reply(row))
+    assert done.value.value is None
+
+
 def test_the_transaction_is_part_of_the_identity_only() -> None:
     """A probe says nothing of its transaction, and is never taken for one of another."""
     row = (*STANDBY.values(), *TAIL)
@@ -374,6 +414,7 @@ def test_every_column_is_read() -> None:
     for statement, row in (
         (_sql.PROBE_STANDBY, tuple(STANDBY.values())),
         (_sql.PROBE_PRIMARY, tuple(PRIMARY.values())),
+        (_sql.POSITION, ("0/3000100", "00000001")),
         (_sql.IDENTIFY, (*STANDBY.values(), *TAIL)),
         (_sql.IDENTIFY_WITHOUT_WAL, LIMITED_ROW),
     ):
