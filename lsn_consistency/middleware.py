@@ -222,7 +222,9 @@ class ConsistencyMiddleware:
         token = _EMPTY
         for cookie_name, text in found:
             try:
-                token = token.merge(self._codec.decode(text)) if text else token
+                if text:
+                    decoded = self._codec.decode(text)
+                    token = decoded if token is _EMPTY else token.merge(decoded)
             except TokenError as error:
                 self._reject(error, cookie_name)
                 pinned = pinned or self._pins_bad
