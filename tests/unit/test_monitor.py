@@ -18,6 +18,7 @@ from lsn_consistency._monitor import (
     GATHER_SECONDS,
     MAX_GATHER_SECONDS,
     MAX_PATIENCE_SECONDS,
+    SHORTER_SECONDS,
     WAITING_POLL_SECONDS,
     Monitor,
 )
@@ -229,6 +230,23 @@ def test_a_kick_wakes_only_for_an_earlier_probe() -> None:
         return idle, monitor._awake.is_set()
 
     assert (False, True) == asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("left", [SHORTER_SECONDS / 2, SHORTER_SECONDS * 2])
+def test_a_pause_that_nearly_ends_is_left_as_it_is(left: float) -> None:
+    """Of reads that end one after another each would have the monitor pause anew."""
+    world = World()
+
+    async def scenario() -> bool:
+        monitor = Monitor("a", _never, world.core)
+        world.core.observed("a", world.seen(1))
+        monitor._probed_at = world.now
+        monitor._pause_ends = world.now + left
+        world.core.cluster.wait_for_observation("a", world.now + 1, lambda: None)
+        monitor.kick()
+        return monitor._awake.is_set()
+
+    assert (left > SHORTER_SECONDS) is asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("version", [_sql.WAIT_FOR_VERSION - 1, _sql.WAIT_FOR_VERSION])
