@@ -120,8 +120,9 @@ class Monitor:
         return retry
 
     def _watch(self, seconds: float) -> int | None:
-        # The socket of an idle connection is readable when the server has closed it.
-        if self._conn is None or seconds <= WAITING_POLL_SECONDS:
+        # The socket of an idle connection is readable when the server has closed it. The next probe
+        # of a short pause tells as well.
+        if self._conn is None or seconds <= MAX_GATHER_SECONDS:
             return None
         socket: int = self._conn.pgconn.socket
         asyncio.get_running_loop().add_reader(socket, self._suspect)

@@ -49,7 +49,8 @@ class AsyncWaiting(asyncio.Future[Observation | None]):
         """
         if not self.done():
             wake = self.end if self.waiter is None else self.waiter.wake
-            self._timer = self.get_loop().call_later(max(0.0, seconds), wake, context=context)
+            loop = self.get_loop()
+            self._timer = loop.call_at(loop.time() + max(0.0, seconds), wake, context=context)
         return self
 
     def end(self) -> None:
@@ -75,6 +76,13 @@ class AsyncWaiting(asyncio.Future[Observation | None]):
         if self.waiter.active:
             self._core.cluster.give_up(self.waiter)
         return self.waiter.seen
+
+
+async def known(seen: Observation | None) -> Observation | None:
+    """
+    Return what nobody has to wait for.
+    """
+    return seen
 
 
 async def whole(work: Coroutine[Any, Any, None]) -> None:

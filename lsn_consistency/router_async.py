@@ -20,7 +20,7 @@ from lsn_consistency._core import Core
 from lsn_consistency._monitor import Monitor
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import RouterOptions
-from lsn_consistency._waiting import AsyncWaiting, whole
+from lsn_consistency._waiting import AsyncWaiting, known, whole
 from lsn_consistency._workers import Tasks
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import ConfigurationError
@@ -331,15 +331,15 @@ class AsyncRouter(Tasks, BaseRouter):
             self._kick(name)
         return waiting.within(step.seconds, self._timers)
 
-    async def _await_observation(self, step: _steps.AwaitObservation) -> Observation | None:
+    def _await_observation(self, step: _steps.AwaitObservation) -> Awaitable[Observation | None]:
         core = self._core
         if core is None:
             # The router was closed while a read or a write was under way.
-            return None
-        known = core.cluster.nodes[step.node].newest
-        if known is not None and known.sent_at >= step.after:
-            return known
-        return await self._observed(core, step.node, step.after, step.seconds)
+            return known(None)
+        newest = core.cluster.nodes[step.node].newest
+        if newest is not None and newest.sent_at >= step.after:
+            return known(newest)
+        return self._observed(core, step.node, step.after, step.seconds)
 
     def _observed(
         self, core: Core, name: str, after: float, seconds: float

@@ -26,7 +26,7 @@ from tests.benchmarks.measuring import Comparison, compare, compare_async
 from tests.benchmarks.stage import POOL_SIZE, WARM_SECONDS
 
 CONCURRENT: Final = 100
-READS_EACH: Final = 10
+READS_EACH: Final = 3
 TRANSACTION: Final = "in a transaction"
 MODES: Final[dict[str, dict[str, Any]]] = {TRANSACTION: {}, "autocommit": {"autocommit": True}}
 LEVELS: Final = {
@@ -86,7 +86,7 @@ async def _async(bench: Bench, pg: EmbeddedCluster, mode: str) -> None:
             crowd = await compare_async(
                 f"{CONCURRENT} tasks that read {READS_EACH} times each",
                 crowds,
-                rounds=bench.rounds(31, 9),
+                rounds=bench.rounds(101, 25),
                 number=1,
             )
             _judge_crowd(bench, bench.add(crowd))
