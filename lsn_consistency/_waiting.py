@@ -7,6 +7,7 @@ And how a task does to its end what a cancellation must not cut off.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Coroutine, Generator
 from contextvars import Context
@@ -76,6 +77,68 @@ class AsyncWaiting(asyncio.Future[Observation | None]):
         if self.waiter.active:
             self._core.cluster.give_up(self.waiter)
         return self.waiter.seen
+
+
+class Gathering:
+    """
+    Let many tasks await observations of one node, with one waiter and one timer for all of them.
+
+    Each gets an observation that was sent at its time or later; None when the node fails, or after
+    ``seconds``. What a task costs is a future: one that is cancelled is merely passed over.
+    """
+
+    __slots__ = ("_context", "_core", "_name", "_seconds", "_timer", "_waiter", "_waiting")
+
+    def __init__(self, core: Core, name: str, seconds: float, context: Context) -> None:
+        self._core = core
+        self._name = name
+        self._seconds = seconds
+        self._context = context
+        self._waiting: list[tuple[float, float, asyncio.Future[Observation | None]]] = []
+        self._waiter: Waiter | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def join(self, after: float) -> asyncio.Future[Observation | None]:
+        """
+        Return what gives the first observation sent at ``after`` or later.
+        """
+        loop = asyncio.get_running_loop()
+        awaited: asyncio.Future[Observation | None] = loop.create_future()
+        self._waiting.append((after, loop.time() + self._seconds, awaited))
+        if self._waiter is None:
+            self._wait(loop)
+        return awaited
+
+    def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        # They all wait equally long: the first one's time is the first to end.
+        after, ends, _ = self._waiting[0]
+        self._waiter = self._core.cluster.wait_for_observation(self._name, after, self._woken)
+        self._timer = loop.call_at(ends, self._expired, loop, context=self._context)
+
+    def _woken(self) -> None:
+        assert self._waiter is not None
+        assert self._timer is not None
+        self._timer.cancel()
+        seen = self._waiter.seen
+        self._release(seen, math.inf if seen is None else seen.sent_at, -math.inf)
+
+    def _expired(self, loop: asyncio.AbstractEventLoop) -> None:
+        assert self._waiter is not None
+        self._core.cluster.give_up(self._waiter)
+        self._release(None, -math.inf, loop.time())
+
+    def _release(self, seen: Observation | None, sent_at: float, now: float) -> None:
+        waiting, self._waiting, self._waiter = self._waiting, [], None
+        for each in waiting:
+            after, ends, awaited = each
+            if awaited.done():
+                continue
+            if after <= sent_at or ends <= now:
+                awaited.set_result(seen)
+            else:
+                self._waiting.append(each)
+        if self._waiting:
+            self._wait(self._waiting[0][2].get_loop())
 
 
 async def known(seen: Observation | None) -> Observation | None:

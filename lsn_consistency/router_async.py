@@ -20,7 +20,7 @@ from lsn_consistency._core import Core
 from lsn_consistency._monitor import Monitor
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import RouterOptions
-from lsn_consistency._waiting import AsyncWaiting, known, whole
+from lsn_consistency._waiting import AsyncWaiting, Gathering, known, whole
 from lsn_consistency._workers import Tasks
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import ConfigurationError
@@ -53,6 +53,7 @@ class AsyncRouter(Tasks, BaseRouter):
         self._open_lock = asyncio.Lock()
         self._timers = Context()
         self._monitors: dict[str, Monitor] = {}
+        self._gatherings: dict[str, Gathering] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     # Life
@@ -207,6 +208,8 @@ class AsyncRouter(Tasks, BaseRouter):
         for name in self._sources:
             monitor = Monitor(name, self._monitor_connect(name), core)
             self._monitors[name] = monitor
+            seconds = self._settings.probe_timeout
+            self._gatherings[name] = Gathering(core, name, seconds, self._timers)
             task = asyncio.create_task(monitor.run(), name=f"lsn_consistency monitor {name}")
             self._tasks.append(task)
         try:
@@ -232,7 +235,9 @@ class AsyncRouter(Tasks, BaseRouter):
                 await pool.close()
 
     async def _first_observation(self, core: Core, name: str) -> None:
-        await self._observed(core, name, float("-inf"), self._settings.open_timeout)
+        waiting = AsyncWaiting(core)
+        waiting.waiter = core.cluster.wait_for_observation(name, float("-inf"), waiting.end)
+        await waiting.within(self._settings.open_timeout, self._timers)
 
     def _new_pool(self, core: Core, name: str) -> AsyncConnectionPool[Any]:
         users = self._settings.pool_options.get("configure")
@@ -339,15 +344,10 @@ class AsyncRouter(Tasks, BaseRouter):
         newest = core.cluster.nodes[step.node].newest
         if newest is not None and newest.sent_at >= step.after:
             return known(newest)
-        return self._observed(core, step.node, step.after, step.seconds)
-
-    def _observed(
-        self, core: Core, name: str, after: float, seconds: float
-    ) -> Awaitable[Observation | None]:
-        waiting = AsyncWaiting(core)
-        waiting.waiter = core.cluster.wait_for_observation(name, after, waiting.end)
-        self._kick(name)
-        return waiting.within(seconds, self._timers)
+        # A step's time is the same for all: it is `probe_timeout`.
+        awaited = self._gatherings[step.node].join(step.after)
+        self._kick(step.node)
+        return awaited
 
     def _await_turn(self, step: _steps.AwaitTurn) -> Awaitable[Observation | None]:
         core = self._running()
