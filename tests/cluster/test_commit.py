@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from threading import Timer
 from typing import Any
 
 import psycopg
@@ -210,6 +214,108 @@ def test_an_interrupted_commit_is_cancelled_on_the_server(
             wait_until(lambda: _asked(pg, WAITING) == 0)
         assert current_session().token.pin_until is not None
         assert {0, 1} == {row[0] for row in app.read(f"SELECT id FROM {table}")}
+
+
+@pytest.mark.parametrize("mode", ["async", "blocking"])
+def test_a_commit_that_a_cancellation_comes_too_early_for_is_awaited(
+    mode: Any, pg: EmbeddedCluster, table: str, together: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that had not begun its COMMIT ignores the request: the next read sees the row."""
+    backend: list[int] = []
+    with open_router(mode, pg) as app, app.session():
+        app.write(f"INSERT INTO {table} VALUES (0)")
+        monkeypatch.setattr(_wire, "CommitAndAsk", _frozen_before(together, backend))
+        if mode == "async":
+            app.submit(_cancel_frozen(app, table, backend)).result(20)
+        else:
+            _interrupt_frozen(app, table, backend, monkeypatch)
+        assert current_session().token.pin_until is not None
+        assert 2 == len(together)
+        assert {0, 1} == {row[0] for row in app.read(f"SELECT id FROM {table}")}
+
+
+@pytest.mark.parametrize("mode", ["async", "blocking"])
+def test_an_interrupted_commit_is_not_awaited_for_ever(
+    mode: Any, pg: EmbeddedCluster, table: str, together: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that answers nothing is given up after probe_timeout; the session is pinned."""
+    backend: list[int] = []
+    with open_router(mode, pg, probe_timeout=0.3) as app, app.session():
+        app.write(f"INSERT INTO {table} VALUES (0)")
+        monkeypatch.setattr(_wire, "CommitAndAsk", _frozen_before(together, backend))
+        began = time.monotonic()
+        try:
+            if mode == "async":
+                app.submit(_cancel_frozen(app, table, backend, thaws_after=4.0)).result(20)
+            else:
+                _interrupt_frozen(app, table, backend, monkeypatch, thaws_after=4.0)
+            took = time.monotonic() - began
+        finally:
+            _thaw(backend[0])
+        assert 0.3 <= took < 3.0
+        assert current_session().token.pin_until is not None
+
+
+def _thawed(backend: int, seconds: float) -> None:
+    # Whatever happens meanwhile, no backend stays stopped.
+    timer = Timer(seconds, _thaw, (backend,))
+    timer.daemon = True
+    timer.start()
+
+
+def _thaw(backend: int) -> None:
+    # By then it may have ended by itself.
+    with suppress(ProcessLookupError):
+        os.kill(backend, signal.SIGCONT)
+
+
+def _frozen_before(together: list[Any], backend: list[int]) -> type[_protocol.CommitAndAsk]:
+    class Frozen(_protocol.CommitAndAsk):
+        def __init__(self, pgconn: Any, step: Any) -> None:
+            super().__init__(pgconn, step)
+            together.append(self)
+            if not backend:
+                os.kill(pgconn.backend_pid, signal.SIGSTOP)
+                backend.append(pgconn.backend_pid)
+
+    return Frozen
+
+
+async def _cancel_frozen(
+    app: App, table: str, backend: list[int], thaws_after: float = 0.1
+) -> None:
+    async def write() -> None:
+        async with app.router.write() as conn:
+            await conn.execute(f"INSERT INTO {table} VALUES (1)".encode())
+
+    task = asyncio.create_task(write())
+    while not backend:
+        await asyncio.sleep(0)
+    task.cancel()
+    _thawed(backend[0], thaws_after)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def _interrupt_frozen(
+    app: App,
+    table: str,
+    backend: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    thaws_after: float = 0.1,
+) -> None:
+    waited = _wire._wait
+
+    def interrupted(number: int, need: Any, seconds: float | None) -> bool:
+        if not backend:
+            return waited(number, need, seconds)
+        monkeypatch.setattr(_wire, "_wait", waited)
+        _thawed(backend[0], thaws_after)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_wire, "_wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        app.write(f"INSERT INTO {table} VALUES (1)")
 
 
 def _write_named(app: App, table: str, number: int) -> None:
