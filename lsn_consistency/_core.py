@@ -93,7 +93,7 @@ class Core:
         self.clock = clock
         self.unix_clock = unix_clock
         self.emit = emit
-        self._listens = listens
+        self.listens = listens
         self.kick = kick
         self._warn = warn
         self._random = random
@@ -272,12 +272,14 @@ class Core:
 
     def note(self, session: Session, route: Route) -> None:
         """
-        Remember in the session where a read goes, and tell the hook.
+        Remember in the session where a read goes, and tell the hook, if there is one.
+
+        Without one it is needless after a read that went the same way, which a session remembers.
         """
         session.last_route = route
         if route.role == "replica":
             session.node = route.name
-        if self._listens:
+        if self.listens:
             self.emit(ReadRouted(route))
 
     def decide(self, read: Read) -> Verdict:

@@ -12,11 +12,13 @@ import threading
 from collections.abc import Coroutine, Generator
 from contextvars import Context
 from types import coroutine
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from lsn_consistency._core import Core
 from lsn_consistency._observation import Observation
 from lsn_consistency._waiters import Waiter
+
+_TICKS_A_SECOND: Final = 1000
 
 
 def wait(core: Core, waiter: Waiter, event: threading.Event, seconds: float) -> None:
@@ -34,24 +36,21 @@ class AsyncWaiting(asyncio.Future[Observation | None]):
     Be awaited until a waiter is released, for some seconds at most; then its place is given up.
     """
 
-    __slots__ = ("_core", "_timer", "waiter")
+    __slots__ = ("_core", "_due", "waiter")
 
     def __init__(self, core: Core) -> None:
         super().__init__(loop=asyncio.get_running_loop())
         self._core = core
-        self._timer: asyncio.TimerHandle | None = None
+        self._due: _Due | None = None
         self.waiter: Waiter | None = None
 
-    def within(self, seconds: float, context: Context) -> Self:
+    def within(self, seconds: float, deadlines: Deadlines) -> Self:
         """
         End after so many seconds, unless that has happened already.
-
-        ``context`` is the timer's, which reads nothing of it: a copy for each would take memory.
         """
         if not self.done():
-            wake = self.end if self.waiter is None else self.waiter.wake
-            loop = self.get_loop()
-            self._timer = loop.call_at(loop.time() + max(0.0, seconds), wake, context=context)
+            self._due = deadlines.after(seconds)
+            self._due.waits.add(self)
         return self
 
     def end(self) -> None:
@@ -59,7 +58,8 @@ class AsyncWaiting(asyncio.Future[Observation | None]):
         Wake who awaits this, with the observation that released it or None.
         """
         if not self.done():
-            self.set_result(self._leave())
+            self._leave()
+            self.set_result(None if self.waiter is None else self.waiter.seen)
 
     def cancel(self, msg: Any = None) -> bool:
         """
@@ -69,14 +69,59 @@ class AsyncWaiting(asyncio.Future[Observation | None]):
             self._leave()
         return super().cancel(msg)
 
-    def _leave(self) -> Observation | None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self.waiter is None:
-            return None
-        if self.waiter.active:
+    def _leave(self) -> None:
+        if self._due is not None:
+            self._due.discard(self)
+        if self.waiter is not None and self.waiter.active:
             self._core.cluster.give_up(self.waiter)
-        return self.waiter.seen
+
+
+class Deadlines:
+    """
+    End waits when their time is over, with one timer for all that end in the same millisecond.
+
+    So a wait ends a millisecond late at most, to which an event loop rounds its waits up anyway.
+    """
+
+    __slots__ = ("_context", "_due")
+
+    def __init__(self) -> None:
+        # A timer reads nothing of its context: a copy for each would take memory.
+        self._context = Context()
+        self._due: dict[int, _Due] = {}
+
+    def after(self, seconds: float) -> _Due:
+        """
+        Return what ends in so many seconds.
+        """
+        loop = asyncio.get_running_loop()
+        tick = math.ceil((loop.time() + max(0.0, seconds)) * _TICKS_A_SECOND)
+        due = self._due.get(tick)
+        if due is None:
+            due = self._due[tick] = _Due(self._due, tick)
+            at = tick / _TICKS_A_SECOND
+            due.timer = loop.call_at(at, due.end, context=self._context)
+        return due
+
+
+class _Due:
+    __slots__ = ("_every", "_tick", "timer", "waits")
+
+    def __init__(self, every: dict[int, _Due], tick: int) -> None:
+        self._every = every
+        self._tick = tick
+        self.timer: asyncio.TimerHandle | None = None
+        self.waits: set[AsyncWaiting] = set()
+
+    def discard(self, waiting: AsyncWaiting) -> None:
+        self.waits.discard(waiting)
+        if not self.waits and self.timer is not None:
+            self.timer.cancel()
+            self._every.pop(self._tick, None)
+
+    def end(self) -> None:
+        for waiting in list(self.waits):
+            waiting.end()
 
 
 class Gathering:
@@ -89,11 +134,11 @@ class Gathering:
 
     __slots__ = ("_context", "_core", "_name", "_seconds", "_timer", "_waiter", "_waiting")
 
-    def __init__(self, core: Core, name: str, seconds: float, context: Context) -> None:
+    def __init__(self, core: Core, name: str, seconds: float) -> None:
+        self._context = Context()
         self._core = core
         self._name = name
         self._seconds = seconds
-        self._context = context
         self._waiting: list[tuple[float, float, asyncio.Future[Observation | None]]] = []
         self._waiter: Waiter | None = None
         self._timer: asyncio.TimerHandle | None = None

@@ -150,7 +150,8 @@ class Router(Threads, BaseRouter):
         session = current_session()
         choice = core.choose_at_once(session, token, consistency)
         if choice is not None:
-            core.note(session, choice.route)
+            if session.last_route is not choice.route or core.listens:
+                core.note(session, choice.route)
             return choice.route
         asked = core.new_read(session, token, consistency, timeout)
         return self._run(_plans.choose(core, session, asked))

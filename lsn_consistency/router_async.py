@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from contextvars import Context
 from typing import Any, Self, TypeVar, Unpack
 
 import psycopg
@@ -20,7 +19,7 @@ from lsn_consistency._core import Core
 from lsn_consistency._monitor import Monitor
 from lsn_consistency._observation import Observation
 from lsn_consistency._settings import RouterOptions
-from lsn_consistency._waiting import AsyncWaiting, Gathering, known, whole
+from lsn_consistency._waiting import AsyncWaiting, Deadlines, Gathering, known, whole
 from lsn_consistency._workers import Tasks
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.exceptions import ConfigurationError
@@ -51,7 +50,7 @@ class AsyncRouter(Tasks, BaseRouter):
         super().__init__(primary, replicas, options)
         self._reset_workers()
         self._open_lock = asyncio.Lock()
-        self._timers = Context()
+        self._deadlines = Deadlines()
         self._monitors: dict[str, Monitor] = {}
         self._gatherings: dict[str, Gathering] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -146,7 +145,8 @@ class AsyncRouter(Tasks, BaseRouter):
         session = current_session()
         choice = core.choose_at_once(session, token, consistency)
         if choice is not None:
-            core.note(session, choice.route)
+            if session.last_route is not choice.route or core.listens:
+                core.note(session, choice.route)
             return choice.route
         asked = core.new_read(session, token, consistency, timeout)
         return await self._run(_plans.choose(core, session, asked))
@@ -204,12 +204,14 @@ class AsyncRouter(Tasks, BaseRouter):
             given = self._is_given(name)
             pools[name] = self._open_given(name) if given else self._new_pool(core, name)
         self._pools = pools
+        # Timers are of one event loop.
+        self._deadlines = Deadlines()
         first = [asyncio.create_task(self._first_observation(core, name)) for name in self._sources]
         for name in self._sources:
             monitor = Monitor(name, self._monitor_connect(name), core)
             self._monitors[name] = monitor
             seconds = self._settings.probe_timeout
-            self._gatherings[name] = Gathering(core, name, seconds, self._timers)
+            self._gatherings[name] = Gathering(core, name, seconds)
             task = asyncio.create_task(monitor.run(), name=f"lsn_consistency monitor {name}")
             self._tasks.append(task)
         try:
@@ -237,7 +239,7 @@ class AsyncRouter(Tasks, BaseRouter):
     async def _first_observation(self, core: Core, name: str) -> None:
         waiting = AsyncWaiting(core)
         waiting.waiter = core.cluster.wait_for_observation(name, float("-inf"), waiting.end)
-        await waiting.within(self._settings.open_timeout, self._timers)
+        await waiting.within(self._settings.open_timeout, self._deadlines)
 
     def _new_pool(self, core: Core, name: str) -> AsyncConnectionPool[Any]:
         users = self._settings.pool_options.get("configure")
@@ -334,7 +336,7 @@ class AsyncRouter(Tasks, BaseRouter):
         waiting.waiter = core.cluster.wait_for_position(step.required, waiting.end, step.since)
         for name in self._sources:
             self._kick(name)
-        return waiting.within(step.seconds, self._timers)
+        return waiting.within(step.seconds, self._deadlines)
 
     def _await_observation(self, step: _steps.AwaitObservation) -> Awaitable[Observation | None]:
         core = self._core
@@ -353,7 +355,7 @@ class AsyncRouter(Tasks, BaseRouter):
         core = self._running()
         waiting = AsyncWaiting(core)
         waiting.waiter = core.cluster.wait_for_fallback(waiting.end)
-        return waiting.within(step.seconds, self._timers)
+        return waiting.within(step.seconds, self._deadlines)
 
     def _kick(self, name: str) -> None:
         if name in self._monitors:

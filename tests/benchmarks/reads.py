@@ -122,7 +122,7 @@ def _judge_crowd(bench: Bench, crowd: Comparison) -> None:
             crowd.ratios(name, "psycopg_pool"),
             at_most=1.3 if name == "causal" else None,
             floor=f"At READ_YOUR_WRITES, which asks for no position, the same crowd takes "
-            f"{without:.2f} x. The rest is a future and a timer for each read that waits for the "
+            f"{without:.2f} x. The rest is a future for each read that waits for the "
             "shared probe, and the session's advance: CPU of one event loop, which 100 reads "
             "share.",
         )

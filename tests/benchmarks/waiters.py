@@ -90,9 +90,10 @@ async def _until_all(wait: Callable[[AsyncRouter], Any]) -> float:
         tasks = [asyncio.create_task(wait(router)) for _ in range(WAITING)]
         await asyncio.sleep(0)
         assert len(core.cluster.positions) == WAITING, "not everybody waits"
+        everybody = asyncio.gather(*tasks)
         began = time.perf_counter()
         core.observed(_REPLICA, offline.seen_at(_AHEAD, replica=1), sample=True)
-        ended = max(await asyncio.gather(*tasks))
+        ended = max(await everybody)
     assert len(core.cluster.positions) == 0
     return float(ended - began)
 
@@ -107,10 +108,11 @@ async def _until_floor() -> float:
     with _Calm():
         tasks = [asyncio.create_task(wait(future)) for future in futures]
         await asyncio.sleep(0)
+        everybody = asyncio.gather(*tasks)
         began = time.perf_counter()
         for future in futures:
             future.set_result(None)
-        return max(await asyncio.gather(*tasks)) - began
+        return max(await everybody) - began
 
 
 class _Calm:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from contextvars import Context
 from typing import Any
 
 from lsn_consistency._waiting import Gathering
@@ -20,7 +19,7 @@ def gathered(
     world = World()
 
     async def run() -> Any:
-        found = await scenario(world, Gathering(world.core, "a", seconds, Context()))
+        found = await scenario(world, Gathering(world.core, "a", seconds))
         assert 0 == len(world.core.cluster.nodes["a"].waiting)
         return found
 
