@@ -115,8 +115,11 @@ def shares_probe(core: Core, lease: Lease) -> bool:
     """
     # Of many reads those that end together share one probe; few ask on their own connections,
     # which takes less time. Behind a pooler neither reaches the same server for certain.
-    node = core.cluster.nodes[lease.node]
-    return node.in_flight >= MANY_READS and not node.hides_servers
+    if lease.shares is None:
+        # Once for each read: others that end during its COMMIT are no reason to ask separately.
+        node = core.cluster.nodes[lease.node]
+        lease.shares = node.in_flight >= MANY_READS and not node.hides_servers
+    return lease.shares
 
 
 def _give_back(core: Core, lease: Lease, *, asks: bool) -> Plan[Observation | None]:

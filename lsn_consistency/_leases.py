@@ -9,9 +9,7 @@ from typing import Any, Final, Protocol
 
 from lsn_consistency._core import Core, Facts
 from lsn_consistency._observation import Observation
-from lsn_consistency._steps import (
-    Plan,
-)
+from lsn_consistency._steps import Plan
 from lsn_consistency._verdicts import Lost
 from lsn_consistency.consistency import Consistency
 from lsn_consistency.route import Route
@@ -27,7 +25,7 @@ class Lease:
     Hold a connection in use, and why it was given; ``token`` is the session's from before that.
 
     ``transaction`` is that of a read behind a pooler; ``seen`` is the server at the transaction's
-    end.
+    end; ``shares`` whether the read waits for a probe of its node, as was decided when it ended.
     """
 
     node: str
@@ -40,6 +38,7 @@ class Lease:
     lost: Lost | None = None
     transaction: str | None = None
     seen: Observation | None = None
+    shares: bool | None = None
 
 
 class Use(Protocol):

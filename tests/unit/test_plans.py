@@ -818,6 +818,31 @@ def test_few_reads_ask_on_their_own_connections() -> None:
     assert session.token.get(SYSTEM) is not None
 
 
+@pytest.mark.parametrize("others", [MANY_READS - 2, MANY_READS - 1])
+def test_a_read_keeps_to_how_it_takes_its_position(others: int) -> None:
+    """Whether others end or begin during its COMMIT, it asks with it or not at all."""
+    world = ready_world()
+    session = Session()
+    lease = open_read(world, session).result
+    node, cluster = world.core.cluster.nodes[lease.node], world.core.cluster
+    for _ in range(others):
+        cluster.enter(node, fallback=False)
+    few = others < MANY_READS - 1
+    committing = _plans.Reading(None, None, None).commit(world.core, lease)
+    assert few is (committing is not None)
+    (cluster.enter if few else cluster.leave)(node, fallback=False)
+    lease.conn.in_transaction = False
+    closing = Operation(world, _endings.close_read(world.core, session, lease, interrupted=False))
+    seen = {type(closing.step)}
+    while not closing.done:
+        closing.advance(Random(CHANCE))
+        if not closing.done:
+            seen.add(type(closing.step))
+    assert few is (Fetch in seen)
+    assert few is not (AwaitObservation in seen)
+    assert session.token.get(SYSTEM) is not None
+
+
 def test_an_interrupted_read_pins() -> None:
     """What an interrupted read has shown is unknown: the session keeps to the primary."""
     world = ready_world()
