@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from lsn_consistency import Consistency, Reason, Token, consistency, current_session
+from lsn_consistency.events import ReadRouted
 from lsn_consistency.exceptions import ConfigurationError
 from lsn_consistency.testing import EmbeddedCluster
 from tests.cluster.conftest import OpenRouter
@@ -136,6 +137,22 @@ def test_a_node_can_be_forced(opened: OpenRouter, pg: EmbeddedCluster, table: st
     assert 0 == answers["replica_2"].value
 
 
+def test_the_hook_is_told_of_each_choice_and_the_session_of_the_last(
+    opened: OpenRouter, pg: EmbeddedCluster
+) -> None:
+    """Choices that are the same again, and those between which the session read elsewhere."""
+    with opened() as app:
+        app.wait_healthy()
+        began = len(app.events_of(ReadRouted))
+        routes = []
+        for level in (Consistency.CAUSAL, Consistency.STRONG, Consistency.CAUSAL):
+            for _ in range(3):
+                routes.append(app.choose(consistency=level))
+                assert routes[-1] is current_session().last_route
+        assert routes == [event.route for event in app.events_of(ReadRouted)[began:]]
+        assert 1 == len({route.name for route in routes if not route.is_primary})
+
+
 def test_choose_waits_as_long_as_it_is_told(
     opened: OpenRouter, pg: EmbeddedCluster, table: str
 ) -> None:
@@ -165,8 +182,13 @@ def test_choose_waits_as_long_as_it_is_told(
 
 
 def test_a_unit_of_work_keeps_its_replica(opened: OpenRouter, pg: EmbeddedCluster) -> None:
-    """One replica per unit of work, and other units use the others."""
-    with opened() as app:
+    """
+    One replica per unit of work, and other units use the others.
+
+    At CAUSAL a read may have to leave a replica that has received more than it has replayed, which
+    a server that writes nothing but its own records is enough for.
+    """
+    with opened(consistency=Consistency.READ_YOUR_WRITES) as app:
         app.wait_healthy()
         used = []
         for _ in range(30):
