@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from threading import Timer
+from threading import Timer, get_ident
 from typing import Any
 
 import psycopg
@@ -304,10 +304,11 @@ def _interrupt_frozen(
     monkeypatch: pytest.MonkeyPatch,
     thaws_after: float = 0.1,
 ) -> None:
-    waited = _wire._wait
+    waited, writer = _wire._wait, get_ident()
 
     def interrupted(number: int, need: Any, seconds: float | None) -> bool:
-        if not backend:
+        # The monitors wait too, in threads of their own.
+        if not backend or get_ident() != writer:
             return waited(number, need, seconds)
         monkeypatch.setattr(_wire, "_wait", waited)
         _thawed(backend[0], thaws_after)
