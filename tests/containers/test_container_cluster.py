@@ -186,26 +186,30 @@ def test_an_unknown_network_is_an_error(pg: ContainerCluster) -> None:
     assert frozenset() == pg.primary.disconnected
 
 
-def _left(image: str, prefix: str) -> list[str]:
-    """Return the names of the containers and networks of a kind that the engine has."""
+def _left(image: str) -> list[str]:
+    """Return the names of the containers and networks of this process that the engine has."""
+    from testcontainers.core.labels import LABEL_SESSION_ID, SESSION_ID
+
+    # Tests in other processes start and remove clusters meanwhile.
+    ours = {"label": f"{LABEL_SESSION_ID}={SESSION_ID}"}
     engine = open_engine(image)
     try:
-        things = [*engine.client.containers.list(all=True), *engine.client.networks.list()]
-        return [thing.name for thing in things if thing.name.startswith(prefix)]
+        containers = engine.client.containers.list(all=True, filters=ours)
+        return [thing.name for thing in [*containers, *engine.client.networks.list(filters=ours)]]
     finally:
         engine.client.close()
 
 
 def test_nothing_is_left_of_a_cluster(pg: ContainerCluster) -> None:
     """Containers and networks are removed, frozen and disconnected ones too, and after errors."""
-    before = _left(pg.image, "lsn-consistency-")
+    before = _left(pg.image)
     with ContainerCluster(replicas=1, image=pg.image) as cluster:
-        during = _left(pg.image, "lsn-consistency-")
+        during = _left(pg.image)
         cluster.replicas["replica_1"].disconnect()
         cluster.primary.freeze()
     with pytest.raises(ClusterError, match="no_such_setting"):
         ContainerCluster(replicas=0, image=pg.image, settings={"no_such_setting": "1"}).start()
-    after = _left(pg.image, "lsn-consistency-")
+    after = _left(pg.image)
     assert 4 == len(set(during) - set(before))
     assert [] == [name for name in after if name not in before]
 
@@ -220,13 +224,13 @@ def test_a_network_that_could_not_be_made_is_not_left(
 
         raise DockerException("no answer")
 
-    before = set(_left(pg.image, "lsn-consistency-"))
+    before = set(_left(pg.image))
     cluster = ContainerCluster(replicas=0, image=pg.image)
     with monkeypatch.context() as patch:
         patch.setattr("docker.models.networks.Network.reload", refuse)
         with pytest.raises(ClusterError, match="no answer"):
             cluster.start()
-    assert before == set(_left(pg.image, "lsn-consistency-"))
+    assert before == set(_left(pg.image))
 
 
 def test_a_missing_image_is_said_at_once(pg: ContainerCluster) -> None:
