@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from lsn_consistency._core import Core
 from lsn_consistency._leases import Lease, Use
 from lsn_consistency._steps import Plan
+from lsn_consistency._wire import has_nothing_to_commit
 from lsn_consistency.exceptions import ConfigurationError
 from lsn_consistency.session import Session, current_session
 
@@ -72,10 +73,10 @@ class Block:
         interrupted = kind is not None and not issubclass(kind, Exception)
         try:
             commit = self._use.commit(self._core, lease) if kind is None else None
-            if commit is None:
-                lease.conn.__exit__(kind, error, trace)
-            else:
+            if commit is not None:
                 self._router._run(commit)
+            elif kind is not None or not has_nothing_to_commit(lease.conn):
+                lease.conn.__exit__(kind, error, trace)
         except BaseException as ending:
             interrupted = interrupted or not isinstance(ending, Exception)
             raise
@@ -118,10 +119,10 @@ class AsyncBlock:
         interrupted = kind is not None and not issubclass(kind, Exception)
         try:
             commit = self._use.commit(self._core, lease) if kind is None else None
-            if commit is None:
-                await lease.conn.__aexit__(kind, error, trace)
-            else:
+            if commit is not None:
                 await self._router._run(commit)
+            elif kind is not None or not has_nothing_to_commit(lease.conn):
+                await lease.conn.__aexit__(kind, error, trace)
         except BaseException as ending:
             interrupted = interrupted or not isinstance(ending, Exception)
             raise

@@ -80,11 +80,24 @@ def can_ask_at_commit(conn: Any) -> bool:
     Tell whether a connection's commit is psycopg's own, and a question can go with it.
     """
     pgconn = conn.pgconn
-    kind: Any = type(conn)
     return (
         pgconn.transaction_status == pq.TransactionStatus.INTRANS
-        and commits_as_psycopg(kind)
         and can_pipeline(pgconn)
+        and _may_commit(conn)
+    )
+
+
+def has_nothing_to_commit(conn: Any) -> bool:
+    """
+    Tell whether a connection's commit is psycopg's own, and would find no transaction open.
+    """
+    return conn.pgconn.transaction_status == pq.TransactionStatus.IDLE and _may_commit(conn)
+
+
+def _may_commit(conn: Any) -> bool:
+    kind: Any = type(conn)
+    return (
+        commits_as_psycopg(kind)
         # What psycopg's commit() refuses: the end of a block, or of a two-phase transaction.
         and getattr(conn, "_num_transactions", None) == 0
         and getattr(conn, "_tpc", False) is None

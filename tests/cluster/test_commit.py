@@ -356,16 +356,38 @@ class Recorded(psycopg.Connection[Any]):
         super().commit()
 
 
+@pytest.mark.parametrize("autocommit", [False, True])
 def test_a_connection_with_a_commit_of_its_own_keeps_it(
-    pg: EmbeddedCluster, table: str, together: list[Any]
+    pg: EmbeddedCluster,
+    table: str,
+    together: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    autocommit: bool,
 ) -> None:
     """Its block commits as its class says, and the position is asked for after that."""
-    options = {"connection_class": Recorded}
+    monkeypatch.setattr(Recorded, "commits", 0)
+    options = {"connection_class": Recorded, "kwargs": {"autocommit": autocommit}}
     with open_router("blocking", pg, pool_options=options) as app, app.session():
         app.write(f"INSERT INTO {table} VALUES (1)")
         assert 1 == Recorded.commits
         assert 1 == app.ask(f"SELECT max(id) FROM {table}").value
     assert [] == together
+
+
+def test_a_transaction_that_was_begun_in_autocommit_mode_is_committed(
+    opened: OpenRouter, table: str
+) -> None:
+    """The end of the block commits what is open, also where a connection has mostly nothing to."""
+    with opened(pool_options={"kwargs": {"autocommit": True}}) as app, app.session():
+        for number in range(3):
+            with app.writing() as conn:
+                conn.execute("BEGIN")
+                conn.execute(f"INSERT INTO {table} VALUES ({number})")
+            with app.reading() as conn:
+                conn.execute("BEGIN")
+                assert number == conn.value(f"SELECT max(id) FROM {table}")
+                raw = conn.raw
+            assert pq.TransactionStatus.IDLE == raw.pgconn.transaction_status
 
 
 def test_two_phase_commit_is_left_to_psycopg(pg: EmbeddedCluster, table: str) -> None:
