@@ -45,7 +45,7 @@ def patience_with_primary(core: Core, primary: Node) -> Plan[float | None]:
     if not primary.failures:
         return None
     if primary.breaker_open:
-        seen = yield AwaitObservation(primary.name, core.clock(), core.settings.probe_timeout)
+        seen = yield AwaitObservation(primary.name, core.clock())
         if seen is None:
             return READY_SECONDS
     return core.settings.connect_timeout
@@ -284,4 +284,4 @@ def look_again(core: Core, names: tuple[str, ...]) -> Plan[None]:
     """
     # The primary is first: a replica then had time to replay what the primary's sample says.
     for name in names:
-        yield AwaitObservation(name, core.clock(), core.settings.probe_timeout)
+        yield AwaitObservation(name, core.clock())

@@ -96,7 +96,7 @@ def _close_read(core: Core, session: Session, lease: Lease, interrupted: bool) -
         pin(core, session, "the read was interrupted")
         return
     if shares and not lease.facts.pooled:
-        seen = yield AwaitObservation(lease.node, started, core.settings.probe_timeout)
+        seen = yield AwaitObservation(lease.node, started)
         if seen is not None and seen.server != lease.facts.identity.server:
             seen = None
     yield from advance_past_read(core, session, seen, lease.token, started)

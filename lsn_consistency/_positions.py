@@ -89,7 +89,7 @@ def advance_past_primary(
     # The primary's position is an upper bound for everything that any node can have shown.
     seen = None
     if (primary := core.cluster.primary) is not None:
-        seen = yield AwaitObservation(primary.name, started, core.settings.probe_timeout)
+        seen = yield AwaitObservation(primary.name, started)
     gone = seen is None
     if shown is not None and seen is not None and (shown.timeline or 0) > (seen.timeline or 0):
         # Of a former primary that is no bound. The session remembers that there is a newer one.

@@ -172,7 +172,7 @@ def _go_elsewhere(
 def _role_changed(core: Core, lease: Lease, ended: Ended) -> Plan[bool]:
     if ended.state not in ROLE_STATES:
         return False
-    seen = yield AwaitObservation(lease.node, core.clock(), core.settings.probe_timeout)
+    seen = yield AwaitObservation(lease.node, core.clock())
     if seen is None or seen.in_recovery is not lease.route.is_primary:
         return False
     yield from look_again(core, tuple(core.cluster.nodes))

@@ -114,11 +114,12 @@ class AwaitPosition(NamedTuple):
 class AwaitObservation(NamedTuple):
     """
     Have ``node`` probed and wait for an observation sent at ``after`` or later; None without one.
+
+    A probe has ``probe_timeout`` seconds, and so have all that wait for it.
     """
 
     node: str
     after: float
-    seconds: float
 
 
 class AwaitTurn(NamedTuple):

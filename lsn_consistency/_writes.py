@@ -161,7 +161,7 @@ def primary_token(core: Core) -> Plan[Token]:
     """
     primary = core.cluster.primary
     if primary is not None:
-        seen = yield AwaitObservation(primary.name, core.clock(), core.settings.probe_timeout)
+        seen = yield AwaitObservation(primary.name, core.clock())
         if seen is not None and not seen.in_recovery and seen.position is not None:
             return Token([seen.position])
     failures = {node.name: node.last_error or "not asked" for node in core.cluster.all_nodes}

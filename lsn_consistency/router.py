@@ -343,7 +343,7 @@ class Router(Threads, BaseRouter):
         event = threading.Event()
         waiter = core.cluster.wait_for_observation(step.node, step.after, event.set)
         self._kick(step.node)
-        wait(core, waiter, event, step.seconds)
+        wait(core, waiter, event, self._settings.probe_timeout)
         return waiter.seen
 
     def _await_turn(self, step: _steps.AwaitTurn) -> None:

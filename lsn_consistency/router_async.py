@@ -346,7 +346,6 @@ class AsyncRouter(Tasks, BaseRouter):
         newest = core.cluster.nodes[step.node].newest
         if newest is not None and newest.sent_at >= step.after:
             return known(newest)
-        # A step's time is the same for all: it is `probe_timeout`.
         awaited = self._gatherings[step.node].join(step.after)
         self._kick(step.node)
         return awaited

@@ -361,8 +361,11 @@ class Operation:
                 known = simulation.core.cluster.nodes[step.node].newest
                 if known is not None and known.sent_at >= step.after:
                     return known
+                seconds = simulation.core.settings.probe_timeout
+            else:
+                seconds = step.seconds
             self.waiter = simulation.register(step, lambda: None)
-            self.ends = simulation.now + step.seconds
+            self.ends = simulation.now + seconds
             return _PENDING
         if self.waiter.active and simulation.now < self.ends:
             simulation.pass_time(min(0.02, self.ends - simulation.now + TICK))

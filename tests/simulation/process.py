@@ -234,7 +234,9 @@ class Process:
         if known is not None and known.sent_at >= step.after:
             return known
         waiter = yield from self._wait(
-            partial(cluster.wait_for_observation, step.node, step.after), (step.node,), step.seconds
+            partial(cluster.wait_for_observation, step.node, step.after),
+            (step.node,),
+            self.core.settings.probe_timeout,
         )
         return waiter.seen
 
