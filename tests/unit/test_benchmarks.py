@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.benchmarks import baseline, report
 from tests.benchmarks.__main__ import INTERRUPTED, MISSED, USAGE, main
 from tests.benchmarks.baseline import BaselineError
 from tests.benchmarks.findings import Bench, Finding, Sense, describe
-from tests.benchmarks.measuring import Comparison, Series, compare, quartiles
+from tests.benchmarks.measuring import Comparison, Series, compare, compare_async, quartiles
 from tests.benchmarks.report import Outcome
 from tests.benchmarks.suites import Suite
 
@@ -73,6 +74,24 @@ def test_ways_take_turns_in_changing_order() -> None:
     )
     assert ["a", "b", "b", "a", "a", "b"] == turns[-6:]
     assert (1.0, 1.0, 1.0) == compared.series["a"].rounds
+
+
+def test_what_ran_before_does_not_count_in_an_async_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first calls after another way are slower; a turn counts those that come after them."""
+    now, ran = 0.0, ""
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+
+    def way(name: str) -> Callable[[], Awaitable[None]]:
+        async def run() -> None:
+            nonlocal now, ran
+            now += 1.0 if ran == name else 10.0
+            ran = name
+
+        return run
+
+    ways = {name: way(name) for name in ("ours", "theirs")}
+    compared = asyncio.run(compare_async("some", ways, rounds=4, number=4))
+    assert [(1.0,) * 4] * 2 == [series.rounds for series in compared.series.values()]
 
 
 # Findings
