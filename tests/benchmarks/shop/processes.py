@@ -20,6 +20,7 @@ from typing import Any, Final
 import psycopg
 
 from lsn_consistency.testing._workspace import free_port
+from tests.benchmarks.sent import MONITOR
 from tests.benchmarks.shop.application import Config
 from tests.benchmarks.shop.served import CONFIG
 from tests.benchmarks.shop.visitors import visit
@@ -36,9 +37,11 @@ _PROBES: Final = """
     JOIN pg_roles AS roles ON roles.oid = statements.userid
     WHERE rolname = 'app' AND query LIKE '%pg_last_wal_replay_lsn()%'
 """
-_IN_FLIGHT: Final = """
+# A CAUSAL read that is alone asks too, on its own connection: that is no probe.
+_IN_FLIGHT: Final = f"""
     SELECT count(*) FROM pg_stat_activity
-    WHERE usename = 'app' AND state = 'active' AND query LIKE '%pg_last_wal_replay_lsn()%'
+    WHERE usename = 'app' AND application_name = '{MONITOR}' AND state = 'active'
+    AND query LIKE '%pg_last_wal_replay_lsn()%'
 """
 
 
