@@ -67,10 +67,9 @@ class Token:
     a `pin_until` that is no finite number.
     """
 
-    __slots__ = ("_positions", "pin_until", "positions")
+    __slots__ = ("_positions", "pin_until")
 
     _positions: dict[int, Position]
-    positions: MappingProxyType[int, Position]
     pin_until: float | None
 
     def __init__(self, positions: Iterable[Position] = (), pin_until: float | None = None) -> None:
@@ -91,9 +90,7 @@ class Token:
         return token
 
     def _fill(self, positions: dict[int, Position], pin_until: float | None) -> None:
-        # Who looks at a position many times a second asks the dictionary itself.
         object.__setattr__(self, "_positions", positions)
-        object.__setattr__(self, "positions", MappingProxyType(positions))
         object.__setattr__(self, "pin_until", pin_until)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -103,13 +100,20 @@ class Token:
         raise AttributeError(f"a Token is immutable: cannot delete {name!r}")
 
     @property
+    def positions(self) -> MappingProxyType[int, Position]:
+        """
+        The position of each system, by its unsigned identifier.
+        """
+        return MappingProxyType(self._positions)
+
+    @property
     def is_full(self) -> bool:
         """
         Tell whether positions of further systems may have been left out.
 
         A system missing from a full token is unknown, not unneeded.
         """
-        return len(self.positions) == MAX_SYSTEMS
+        return len(self._positions) == MAX_SYSTEMS
 
     def get(self, system_id: int) -> Position | None:
         """
@@ -127,11 +131,11 @@ class Token:
         """
         if other is self:
             return self
-        mine, pin_until = self.positions, self.pin_until
+        mine, pin_until = self._positions, self.pin_until
         if not mine and pin_until is None:
             return other or self
         gained: dict[int, Position] = {}
-        for system_id, position in other.positions.items():
+        for system_id, position in other._positions.items():
             held = mine.get(system_id)
             if held is None or position > held:
                 gained[system_id] = position
@@ -150,27 +154,27 @@ class Token:
         """
         Return the token without the position of one system.
         """
-        kept = {key: held for key, held in self.positions.items() if key != system_id}
+        kept = {key: held for key, held in self._positions.items() if key != system_id}
         return Token._trusted(kept, self.pin_until)
 
     def __bool__(self) -> bool:
-        return bool(self.positions) or self.pin_until is not None
+        return bool(self._positions) or self.pin_until is not None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Token):
             return NotImplemented
-        return self.positions == other.positions and self.pin_until == other.pin_until
+        return self._positions == other._positions and self.pin_until == other.pin_until
 
     def __hash__(self) -> int:
-        return hash((tuple(self.positions.values()), self.pin_until))
+        return hash((tuple(self._positions.values()), self.pin_until))
 
     def __reduce__(self) -> tuple[type[Token], tuple[tuple[Position, ...], float | None]]:
-        return Token, (tuple(self.positions.values()), self.pin_until)
+        return Token, (tuple(self._positions.values()), self.pin_until)
 
     def __repr__(self) -> str:
         arguments = []
-        if self.positions:
-            arguments.append(repr(list(self.positions.values())))
+        if self._positions:
+            arguments.append(repr(list(self._positions.values())))
         if self.pin_until is not None:
             arguments.append(f"pin_until={self.pin_until!r}")
         return f"Token({', '.join(arguments)})"
@@ -293,7 +297,7 @@ def _content(payload: bytes, signed_at: bytes) -> bytes:
 
 
 def _pack(token: Token) -> bytes:
-    parts = [_POSITION.pack(*position) for position in token.positions.values()]
+    parts = [_POSITION.pack(*position) for position in token._positions.values()]
     if token.pin_until is None:
         return b"".join([_PLAIN, *parts])
     return b"".join([_PINNED, _PIN.pack(token.pin_until), *parts])

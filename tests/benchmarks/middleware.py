@@ -87,6 +87,7 @@ def _judge(bench: Bench, compared: Comparison) -> None:
                 f"{subject}, over {reference}",
                 compared.ratios(subject, reference, minus=BARE),
                 at_most=bar,
+                floor=_MORE if group == _SET else "",
             )
 
 
@@ -132,6 +133,11 @@ _BARS: Final = (
     (_SET, "set", "first sight, cookie, one set", _WRITTEN, 1.0),
     (_SET, "set_seen", "seen, cookie, one set", _WRITTEN, 1.0),
     (_SET, "set_only", "no token, one set", _SIGNED, None),
+)
+
+_MORE: Final = (
+    "The same is verified and signed once. What is sent is more: a header beside the cookie, and "
+    "a second cookie that deletes the one that came in."
 )
 
 
