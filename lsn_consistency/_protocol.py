@@ -83,6 +83,14 @@ class CommitAndAsk:
         question = _question(self._pgconn, self._step.statement, self._step.prepared)
         yield from _exchange(self._pgconn, [commit, question], self._answers)
 
+    def rest(self) -> Iterator[Need]:
+        """
+        Go on receiving after `needs` was interrupted, wherever that was.
+        """
+        # Otherwise nothing was sent.
+        if self._pgconn.transaction_status != pq.TransactionStatus.INTRANS:
+            yield from _receive(self._pgconn, 2, self._answers)
+
     @property
     def is_answered(self) -> bool:
         """
@@ -143,22 +151,30 @@ def _exchange(pgconn: Any, groups: Sequence[Sequence[_Send]], answers: _Answers)
         for send in group:
             send()
         pgconn.pipeline_sync()
+    yield from _receive(pgconn, len(groups), answers)
+    pgconn.exit_pipeline_mode()
+
+
+def _receive(pgconn: Any, groups: int, answers: _Answers) -> Iterator[Need]:
+    # Goes on where another one was interrupted, but for a result that was about to be added.
     while pgconn.flush():
         yield "write"
-    for _ in groups:
+    if not answers:
         answers.append([])
-        while True:
-            while pgconn.is_busy():
-                yield "read"
-                pgconn.consume_input()
-            result = pgconn.get_result()
-            if result is not None and result.status == pq.ExecStatus.PIPELINE_SYNC:
-                break
-            if result is not None:
-                answers[-1].append(result)
-            if pgconn.status != pq.ConnStatus.OK:
-                raise OperationalError(_lost(answers[-1]))
-    pgconn.exit_pipeline_mode()
+    while True:
+        while pgconn.is_busy():
+            yield "read"
+            pgconn.consume_input()
+        result = pgconn.get_result()
+        if result is not None and result.status == pq.ExecStatus.PIPELINE_SYNC:
+            if len(answers) == groups:
+                return
+            answers.append([])
+            continue
+        if result is not None:
+            answers[-1].append(result)
+        if pgconn.status != pq.ConnStatus.OK:
+            raise OperationalError(_lost(answers[-1]))
 
 
 def _question(pgconn: Any, statement: bytes, prepared: Prepared | None) -> list[_Send]:

@@ -27,7 +27,6 @@ from lsn_consistency._sql import Row
 from lsn_consistency._steps import Commit, Fetch, NodeFailure, Plan, Reply
 
 _Result = TypeVar("_Result")
-_Exchanged = Iterator[tuple[Need, float | None]]
 _MESSAGES_BEFORE_END: Final = 16
 
 # Behind a pooler the check is part of the transaction that reads.
@@ -125,9 +124,8 @@ def commit(step: Commit, timeout: float) -> Reply | None:
     with conn.lock:
         exchange = CommitAndAsk(pgconn, step)
         sent_at = monotonic()
-        exchanged = _limited(exchange, monotonic, timeout)
         try:
-            for need, ends in exchanged:
+            for need, ends in _limited(exchange, monotonic, timeout):
                 left = None if ends is None else max(0.0, ends - monotonic())
                 if not _wait(pgconn.socket, need, left):
                     raise TimeoutError
@@ -136,7 +134,7 @@ def commit(step: Commit, timeout: float) -> Reply | None:
                 if not isinstance(error, Exception) and not exchange.is_answered:
                     answer_by = monotonic() + timeout
                     cancel(conn, timeout)
-                    _hear_out(pgconn, exchange, exchanged, answer_by)
+                    _hear_out(pgconn, exchange, answer_by)
             finally:
                 raised = _ended(conn, exchange, error)
             if raised is not None:
@@ -154,16 +152,15 @@ async def commit_async(step: Commit, timeout: float) -> Reply | None:
     async with conn.lock:
         exchange = CommitAndAsk(pgconn, step)
         sent_at = monotonic()
-        exchanged = _limited(exchange, loop.time, timeout)
         try:
-            for need, ends in exchanged:
+            for need, ends in _limited(exchange, loop.time, timeout):
                 await _ready(loop, pgconn.socket, need, ends)
         except BaseException as error:
             try:
                 if not isinstance(error, Exception) and not exchange.is_answered:
                     answer_by = loop.time() + timeout
                     await cancel_async(conn, timeout)
-                    await _hear_out_async(pgconn, exchange, exchanged, answer_by)
+                    await _hear_out_async(pgconn, exchange, answer_by)
             finally:
                 # Whatever interrupts that as well.
                 raised = _ended(conn, exchange, error)
@@ -173,27 +170,27 @@ async def commit_async(step: Commit, timeout: float) -> Reply | None:
         return _committed(conn, exchange, sent_at)
 
 
-def _hear_out(pgconn: Any, exchange: CommitAndAsk, exchanged: _Exchanged, ends: float) -> None:
+def _hear_out(pgconn: Any, exchange: CommitAndAsk, ends: float) -> None:
     # A COMMIT that its server had not begun is not cancelled, and must not come into effect after
     # the session's next read.
     with contextlib.suppress(Error):
-        for need, _ in exchanged:
+        for need in exchange.rest():
             if exchange.is_answered or not _wait(pgconn.socket, need, max(0, ends - monotonic())):
                 return
 
 
-async def _hear_out_async(
-    pgconn: Any, exchange: CommitAndAsk, exchanged: _Exchanged, ends: float
-) -> None:
+async def _hear_out_async(pgconn: Any, exchange: CommitAndAsk, ends: float) -> None:
     loop = asyncio.get_running_loop()
     with contextlib.suppress(Error, TimeoutError):
-        for need, _ in exchanged:
+        for need in exchange.rest():
             if exchange.is_answered:
                 return
             await _ready(loop, pgconn.socket, need, ends)
 
 
-def _limited(exchange: CommitAndAsk, clock: Callable[[], float], timeout: float) -> _Exchanged:
+def _limited(
+    exchange: CommitAndAsk, clock: Callable[[], float], timeout: float
+) -> Iterator[tuple[Need, float | None]]:
     # A COMMIT may take its time; the question that goes with it may not.
     ends: float | None = None
     for need in exchange.needs():

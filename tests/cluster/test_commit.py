@@ -216,19 +216,24 @@ def test_an_interrupted_commit_is_cancelled_on_the_server(
         assert {0, 1} == {row[0] for row in app.read(f"SELECT id FROM {table}")}
 
 
-@pytest.mark.parametrize("mode", ["async", "blocking"])
+@pytest.mark.parametrize("mode", ["async", "blocking", "between two waits"])
 def test_a_commit_that_a_cancellation_comes_too_early_for_is_awaited(
     mode: Any, pg: EmbeddedCluster, table: str, together: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backend that had not begun its COMMIT ignores the request: the next read sees the row."""
     backend: list[int] = []
-    with open_router(mode, pg) as app, app.session():
+    with open_router("async" if mode == "async" else "blocking", pg) as app, app.session():
         app.write(f"INSERT INTO {table} VALUES (0)")
-        monkeypatch.setattr(_wire, "CommitAndAsk", _frozen_before(together, backend))
+        between = mode == "between two waits"
+        frozen = _frozen_before(together, backend, interrupts=between)
+        monkeypatch.setattr(_wire, "CommitAndAsk", frozen)
         if mode == "async":
             app.submit(_cancel_frozen(app, table, backend)).result(20)
-        else:
+        elif mode == "blocking":
             _interrupt_frozen(app, table, backend, monkeypatch)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                app.write(f"INSERT INTO {table} VALUES (1)")
         assert current_session().token.pin_until is not None
         assert 2 == len(together)
         assert {0, 1} == {row[0] for row in app.read(f"SELECT id FROM {table}")}
@@ -269,14 +274,25 @@ def _thaw(backend: int) -> None:
         os.kill(backend, signal.SIGCONT)
 
 
-def _frozen_before(together: list[Any], backend: list[int]) -> type[_protocol.CommitAndAsk]:
+def _frozen_before(
+    together: list[Any], backend: list[int], *, interrupts: bool = False
+) -> type[_protocol.CommitAndAsk]:
     class Frozen(_protocol.CommitAndAsk):
         def __init__(self, pgconn: Any, step: Any) -> None:
             super().__init__(pgconn, step)
             together.append(self)
+            self.interrupts = interrupts and not backend
             if not backend:
                 os.kill(pgconn.backend_pid, signal.SIGSTOP)
                 backend.append(pgconn.backend_pid)
+
+        def needs(self) -> Iterator[_protocol.Need]:
+            for need in super().needs():
+                if self.interrupts:
+                    # As Ctrl-C does where nothing is waited for: the rest of it does not run.
+                    _thawed(backend[0], 0.1)
+                    raise KeyboardInterrupt
+                yield need
 
     return Frozen
 
