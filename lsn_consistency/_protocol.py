@@ -85,11 +85,9 @@ class CommitAndAsk:
 
     def rest(self) -> Iterator[Need]:
         """
-        Go on receiving after `needs` was interrupted, wherever that was.
+        Go on receiving after `needs` was interrupted, wherever that was, until COMMIT is answered.
         """
-        # Otherwise nothing was sent.
-        if self._pgconn.transaction_status != pq.TransactionStatus.INTRANS:
-            yield from _receive(self._pgconn, 2, self._answers)
+        yield from _receive(self._pgconn, 1, self._answers)
 
     @property
     def is_answered(self) -> bool:
@@ -156,7 +154,7 @@ def _exchange(pgconn: Any, groups: Sequence[Sequence[_Send]], answers: _Answers)
 
 
 def _receive(pgconn: Any, groups: int, answers: _Answers) -> Iterator[Need]:
-    # Goes on where another one was interrupted, but for a result that was about to be added.
+    # Goes on where another one was interrupted; a result that was about to be added is missing.
     while pgconn.flush():
         yield "write"
     if not answers:
@@ -167,7 +165,7 @@ def _receive(pgconn: Any, groups: int, answers: _Answers) -> Iterator[Need]:
             pgconn.consume_input()
         result = pgconn.get_result()
         if result is not None and result.status == pq.ExecStatus.PIPELINE_SYNC:
-            if len(answers) == groups:
+            if len(answers) >= groups:
                 return
             answers.append([])
             continue
@@ -175,6 +173,9 @@ def _receive(pgconn: Any, groups: int, answers: _Answers) -> Iterator[Need]:
             answers[-1].append(result)
         if pgconn.status != pq.ConnStatus.OK:
             raise OperationalError(_lost(answers[-1]))
+        if result is None and pgconn.transaction_status != pq.TransactionStatus.ACTIVE:
+            # Nothing is to come: nothing was sent, or what ended it was missed.
+            return
 
 
 def _question(pgconn: Any, statement: bytes, prepared: Prepared | None) -> list[_Send]:

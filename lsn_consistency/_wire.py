@@ -175,7 +175,7 @@ def _hear_out(pgconn: Any, exchange: CommitAndAsk, ends: float) -> None:
     # the session's next read.
     with contextlib.suppress(Error):
         for need in exchange.rest():
-            if exchange.is_answered or not _wait(pgconn.socket, need, max(0, ends - monotonic())):
+            if not _wait(pgconn.socket, need, max(0, ends - monotonic())):
                 return
 
 
@@ -183,8 +183,6 @@ async def _hear_out_async(pgconn: Any, exchange: CommitAndAsk, ends: float) -> N
     loop = asyncio.get_running_loop()
     with contextlib.suppress(Error, TimeoutError):
         for need in exchange.rest():
-            if exchange.is_answered:
-                return
             await _ready(loop, pgconn.socket, need, ends)
 
 
